@@ -1,0 +1,109 @@
+"""The shape of an expert feed-forward, and how its (token, expert) pairs become tiles."""
+
+import dataclasses
+from typing import NamedTuple, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertProblem:
+    """Everything static about a call."""
+
+    tokens: int
+    active: int
+    experts: int
+    inter: int
+    dim: int
+    dtype: str
+    shared: int = 0
+
+    @classmethod
+    def of(cls, expert_ids: Array, gate_up: Array, shared: tuple[Array, Array] | None) -> Self:
+        """The problem that arrays of these shapes pose."""
+        tokens, active = expert_ids.shape
+        experts, _, inter, dim = gate_up.shape
+        return cls(
+            tokens=tokens,
+            active=active,
+            experts=experts,
+            inter=inter,
+            dim=dim,
+            dtype=str(gate_up.dtype),
+            shared=0 if shared is None else shared[0].shape[1] // inter,
+        )
+
+    @property
+    def routed_rows(self) -> int:
+        """(token, routed expert) pairs: the first rows of the hidden layer."""
+        return self.tokens * self.active
+
+    @property
+    def rows(self) -> int:
+        """Rows of the hidden layer: the routed pairs, then the tokens of each shared expert."""
+        return self.routed_rows + self.shared * self.tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertTiles:
+    """`rows` pairs of one expert by `columns` outputs a block, `depth` inputs a step."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def power_of_two_divisor(size: int, at_most: int) -> int:
+    return min(size & -size, at_most)
+
+
+def choose_tiles(problem: ExpertProblem, outputs: int, inputs: int) -> ExpertTiles:
+    """Tiles for one of the two products, `outputs` by `inputs` an expert."""
+    per_expert = problem.routed_rows // problem.experts
+    rows = min(max(16, 1 << max(per_expert - 1, 0).bit_length()), 64)
+    columns, num_warps = (32, 4) if rows == 16 else (64, 8)
+    return ExpertTiles(
+        rows=rows,
+        columns=power_of_two_divisor(outputs, columns),
+        depth=power_of_two_divisor(inputs, 128 if rows <= 32 else 64),
+        num_warps=num_warps,
+        num_stages=4 if rows == 16 else 3,
+    )
+
+
+class RowTiles(NamedTuple):
+    """Which pairs each tile holds: order[first : first + count], all of them `expert`'s."""
+
+    order: Int[Array, " pairs"]
+    expert: Int[Array, " tiles"]
+    first: Int[Array, " tiles"]
+    count: Int[Array, " tiles"]
+
+
+def plan_row_tiles(expert_ids: Int[Array, " pairs"], experts: int, rows: int) -> RowTiles:
+    """Group pairs by expert into tiles of `rows`; tiles beyond the last have count 0.
+
+    So few pairs that they fit one tile get one each: the same bytes are read, without a sort.
+    """
+    pairs = expert_ids.shape[0]
+    if pairs <= rows:
+        # Constants of the program: as computed values they would be launches of their own.
+        index = np.arange(pairs, dtype=np.int32)
+        return RowTiles(
+            jnp.asarray(index), expert_ids, jnp.asarray(index), jnp.asarray(np.ones_like(index))
+        )
+    order = jnp.argsort(expert_ids).astype(jnp.int32)
+    sizes = (expert_ids[:, None] == jnp.arange(experts)).sum(axis=0, dtype=jnp.int32)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    tile_ends = jnp.cumsum((sizes + rows - 1) // rows, dtype=jnp.int32)
+
+    tile = jnp.arange(min(pairs, experts) + pairs // rows, dtype=jnp.int32)
+    expert = (tile[:, None] >= tile_ends).sum(axis=1, dtype=jnp.int32)
+    expert = jnp.minimum(expert, experts - 1)
+    tile_of_expert = tile - tile_ends[expert] + (sizes[expert] + rows - 1) // rows
+    first = ends[expert] - sizes[expert] + tile_of_expert * rows
+    return RowTiles(order, expert, first, jnp.clip(ends[expert] - first, 0, rows))

@@ -1,0 +1,71 @@
+"""The one entry of paged decode attention: flat page ids, a start and a length a request."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.backend import Backend, choose, needs_gpu
+from pallas_kernels.checks import check_paged
+from pallas_kernels.paged_decode import triton
+from pallas_kernels.paged_decode.reference import paged_decode_reference
+from pallas_kernels.paged_decode.tiles import DecodeProblem
+
+MAX_QUERY_TOKENS = 8
+
+# Fastest first.
+BACKENDS = (
+    Backend(
+        name="triton",
+        run=triton.paged_decode_triton,
+        unsupported=triton.unsupported,
+        unfit=needs_gpu,
+    ),
+    Backend(
+        name="reference",
+        run=lambda *args, num_splits, interpret: paged_decode_reference(*args),
+    ),
+)
+
+
+def paged_decode(
+    q_nope: Float[Array, "batch tokens heads latent"],
+    q_pe: Float[Array, "batch tokens heads rope"],
+    ckv_cache: Float[Array, "pages page latent"],
+    kpe_cache: Float[Array, "pages page rope"],
+    page_ids: Int[Array, " ids"],
+    start: Int[Array, " batch"],
+    length: Int[Array, " batch"],
+    *,
+    sm_scale: float | Float[Array, ""],
+    num_splits: int | None = None,
+    backend: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "batch tokens heads latent"], Float[Array, "batch tokens heads"]]:
+    """Attention of each request's last 1-8 tokens over its paged latent cache.
+
+    Request b owns the pages page_ids[start[b]:] and length[b] tokens in them; its query token i is
+    the position length[b] - tokens + i and sees the keys at and before it. Scores are
+    (q_nope ckv^T + q_pe kpe^T) * sm_scale in float32, the value is the latent itself. Ids may come
+    in any order and be shared; ids beyond a request's last page and slots beyond its length are
+    never used, whatever they hold; ids out of range are clamped. A block table [B, max_pages] is
+    page_ids = table.ravel(), start = arange(B) * max_pages.
+
+    num_splits: blocks that share one request's keys; None follows the shapes. interpret: run the
+    Triton kernel's Python on any device.
+    Returns out [batch, tokens, heads, latent] of q's dtype and the base-2 log-sum-exp
+    [batch, tokens, heads] float32; a query without keys gives 0 and -inf.
+    Errors: ValueError (shape), TypeError (dtype), NotImplementedError (backend, with the reason).
+    """
+    check_paged(q_nope, q_pe, ckv_cache, kpe_cache, page_ids, start, length)
+    tokens = q_nope.shape[1]
+    if not 1 <= tokens <= MAX_QUERY_TOKENS:
+        raise ValueError(f"q_nope: got {tokens} query tokens, expected 1 to {MAX_QUERY_TOKENS}")
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits: got {num_splits}, expected None or at least 1")
+    problem = DecodeProblem.of(q_nope, q_pe, ckv_cache, page_ids)
+    chosen = choose("paged_decode", BACKENDS, problem, backend)
+    return chosen.run(
+        *(q_nope, q_pe, ckv_cache, kpe_cache, page_ids, start, length),
+        jnp.asarray(sm_scale, jnp.float32),
+        num_splits=num_splits,
+        interpret=interpret,
+    )
