@@ -1,0 +1,190 @@
+"""Key-value caches: the paged latent cache of the decode loop, and the layer's contiguous two.
+
+All are plain pytrees, so they pass through jit, scan and donation; none is a parameter.
+"""
+
+import dataclasses
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from mla_jax.config import MLAConfig, ModelConfig
+
+
+class PageView(NamedTuple):
+    """Where the S new tokens of each row go, and what each row may then attend to."""
+
+    page_ids: Int[Array, " ids"]
+    start: Int[Array, " batch"]
+    length: Int[Array, " batch"]
+    positions: Int[Array, "batch tokens"]
+    page: Int[Array, "batch tokens"]  # num_pages where nothing is written
+    slot: Int[Array, "batch tokens"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedLatentCache:
+    """A pool of pages a layer, and which of them each row of the batch owns.
+
+    ckv[layer] is [num_pages, page_size, kv_lora_rank], the normalised latent; kpe[layer] is
+    [num_pages, page_size, qk_rope_head_dim], the rotated key part. Row b's token t lies in page
+    block_table[b, t // page_size], slot t % page_size; an entry below 0 is no page. A token that
+    has no page is not written and its row's length stands still, so a row is paused, or ended, by
+    its table alone.
+
+    >>> from mla_jax import presets
+    >>> cache = PagedLatentCache.create(presets["tiny"], num_pages=4, max_batch=2, max_pages=2)
+    >>> cache.ckv[0].shape
+    (4, 64, 64)
+    """
+
+    ckv: tuple[Float[Array, "pages page latent"], ...]
+    kpe: tuple[Float[Array, "pages page rope"], ...]
+    block_table: Int[Array, "batch max_pages"]
+    lengths: Int[Array, " batch"]
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        *,
+        num_pages: int,
+        page_size: int = 64,
+        max_batch: int,
+        max_pages: int,
+        dtype: DTypeLike | None = None,
+    ) -> Self:
+        """Pools of zeros, no row with a page. `max_pages`: most pages a row can own.
+
+        dtype: None is the model's. Errors: ValueError for a size below 1.
+        """
+        sizes = {
+            "num_pages": num_pages,
+            "page_size": page_size,
+            "max_batch": max_batch,
+            "max_pages": max_pages,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: got {size}, expected at least 1")
+        dtype = dtype or config.dtype
+
+        def pools(width: int) -> tuple[Array, ...]:
+            shape = (num_pages, page_size, width)
+            return tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
+
+        return cls(
+            ckv=pools(config.mla.kv_lora_rank),
+            kpe=pools(config.mla.qk_rope_head_dim),
+            block_table=jnp.full((max_batch, max_pages), -1, jnp.int32),
+            lengths=jnp.zeros(max_batch, jnp.int32),
+        )
+
+    @property
+    def num_pages(self) -> int:
+        return self.ckv[0].shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.ckv[0].shape[1]
+
+    @property
+    def max_batch(self) -> int:
+        return self.block_table.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens a row can hold."""
+        return self.block_table.shape[1] * self.page_size
+
+    def view(self, tokens: int, count: Int[Array, " batch"]) -> PageView:
+        """Room for up to `tokens` new tokens a row, of which row b brings count[b]."""
+        batch, max_pages = self.block_table.shape
+        offset = jnp.arange(tokens, dtype=jnp.int32)
+        positions = self.lengths[:, None] + offset
+        column = positions // self.page_size
+        page = jnp.take_along_axis(self.block_table, column.clip(0, max_pages - 1), axis=1)
+        valid = (offset < count[:, None]) & (column < max_pages) & (page >= 0)
+        # A row's first token without a page ends what is written: no holes.
+        valid = jnp.cumprod(valid, axis=1, dtype=jnp.int32).astype(bool)
+        return PageView(
+            page_ids=self.block_table.reshape(-1),
+            start=jnp.arange(batch, dtype=jnp.int32) * max_pages,
+            length=self.lengths + valid.sum(axis=1, dtype=jnp.int32),
+            positions=positions,
+            page=jnp.where(valid, page, self.num_pages),
+            slot=positions % self.page_size,
+        )
+
+    def advanced(
+        self, view: PageView, ckv: tuple[Array, ...], kpe: tuple[Array, ...]
+    ) -> "PagedLatentCache":
+        """This cache after `view`'s tokens were written to the pools."""
+        return dataclasses.replace(self, ckv=ckv, kpe=kpe, lengths=view.length)
+
+    def with_rows(
+        self, block_table: Int[Array, "batch max_pages"], lengths: Int[Array, " batch"]
+    ) -> "PagedLatentCache":
+        """The same pools under another table, after the allocator moved pages."""
+        return dataclasses.replace(self, block_table=block_table, lengths=lengths)
+
+    def copy_pages(self, source: Int[Array, " n"], target: Int[Array, " n"]) -> "PagedLatentCache":
+        """Copy whole pages within every pool: what copy-on-write asks for."""
+
+        def copied(pool: Array) -> Array:
+            return pool.at[target].set(pool[source], mode="drop")
+
+        return dataclasses.replace(
+            self, ckv=tuple(map(copied, self.ckv)), kpe=tuple(map(copied, self.kpe))
+        )
+
+
+def write_pages(pool: Array, view: PageView, rows: Float[Array, "batch tokens width"]) -> Array:
+    """`pool` with the new tokens' rows in their slots; in place when the pool is donated."""
+    return pool.at[view.page, view.slot].set(rows.astype(pool.dtype), mode="drop")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NaiveCache:
+    """Full keys and values of a batch of sequences: [B, T, H, N+R] and [B, T, H, V]."""
+
+    k: Float[Array, "batch time heads qk"]
+    v: Float[Array, "batch time heads value"]
+
+    @classmethod
+    def create(cls, config: MLAConfig, *, batch: int, max_seq_len: int) -> Self:
+        shape = (batch, max_seq_len, config.n_heads)
+        return cls(
+            k=jnp.zeros((*shape, config.qk_head_dim), config.dtype),
+            v=jnp.zeros((*shape, config.v_head_dim), config.dtype),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbsorbCache:
+    """The normalised latent and the rotated key part: [B, T, C] and [B, T, R]."""
+
+    ckv: Float[Array, "batch time latent"]
+    kpe: Float[Array, "batch time rope"]
+
+    @classmethod
+    def create(cls, config: MLAConfig, *, batch: int, max_seq_len: int) -> Self:
+        return cls(
+            ckv=jnp.zeros((batch, max_seq_len, config.kv_lora_rank), config.dtype),
+            kpe=jnp.zeros((batch, max_seq_len, config.qk_rope_head_dim), config.dtype),
+        )
+
+
+def append(cache: Array, rows: Array, start_pos: int | Int[Array, ""]) -> Array:
+    """A contiguous cache with `rows` at start_pos along its time axis."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, rows.astype(cache.dtype), start_pos, axis=1)
+
+
+def causal(positions: Int[Array, " tokens"], time: int) -> Bool[Array, "tokens time"]:
+    """Key t is visible to the query at position p iff t <= p."""
+    return jnp.arange(time) <= positions[:, None]

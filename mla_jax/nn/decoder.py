@@ -1,0 +1,169 @@
+"""The decoder, and the two functions that a decode loop is written with."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mla_jax.cache import PagedLatentCache, PageView
+from mla_jax.config import ModelConfig
+from mla_jax.nn.feed_forward import FeedForward, MoE
+from mla_jax.nn.linear import MODEL_AXIS, einsum, normal_param
+from mla_jax.nn.mla import MLA, Rotation
+from mla_jax.nn.norm import RMSNorm
+from mla_jax.rope import rotation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelChoice:
+    """Which backend runs the kernels of a step: None takes the fastest that can."""
+
+    backend: str | None = None
+    interpret: bool = False
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm x), then x + feed_forward(norm x)."""
+
+    def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs) -> None:
+        dim, dtype = config.mla.dim, config.dtype
+        self.attn_norm = RMSNorm(dim, dtype, eps=config.norm_eps)
+        self.attn = MLA(config.mla, rngs=rngs)
+        self.ffn_norm = RMSNorm(dim, dtype, eps=config.norm_eps)
+        if config.moe is not None and config.is_moe(index):
+            self.ffn = MoE(config.moe, dim, dtype, rngs=rngs)
+        else:
+            self.ffn = FeedForward(dim, config.inter_dim, dtype, rngs=rngs)
+
+    def feed_forward(self, x: Array, kernels: KernelChoice) -> Array:
+        hidden = self.ffn_norm(x)
+        if isinstance(self.ffn, MoE):
+            return x + self.ffn(hidden, backend=kernels.backend, interpret=kernels.interpret)
+        return x + self.ffn(hidden)
+
+    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        x = x + self.attn(self.attn_norm(x), attn_impl="naive")
+        return self.feed_forward(x, KernelChoice(backend="reference"))
+
+    def paged(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        ckv_pool: Array,
+        kpe_pool: Array,
+        view: PageView,
+        rope: Rotation,
+        kernels: KernelChoice,
+    ) -> tuple[Array, Array, Array]:
+        attended, ckv_pool, kpe_pool = self.attn.paged(
+            self.attn_norm(x),
+            *(ckv_pool, kpe_pool, view, rope),
+            backend=kernels.backend,
+            interpret=kernels.interpret,
+        )
+        return self.feed_forward(x + attended, kernels), ckv_pool, kpe_pool
+
+
+class Decoder(nnx.Module):
+    """A DeepSeek-style language model.
+
+    decoder(tokens [B, S] int32) -> logits [B, S, vocab] float32, over whole sequences without a
+    cache: the differentiable path, for training and for checking. `prefill` and `decode_step` run
+    the same weights over a paged cache.
+
+    >>> from flax import nnx
+    >>> from mla_jax import presets
+    >>> Decoder(presets["tiny"], rngs=nnx.Rngs(0))(jnp.zeros((1, 4), jnp.int32)).shape
+    (1, 4, 256)
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        dim, dtype = config.mla.dim, config.dtype
+        self.config = config
+        self.embed = normal_param((config.vocab, dim), dtype, rngs, (None, None))
+        self.layers = nnx.List([DecoderLayer(config, i, rngs=rngs) for i in range(config.n_layers)])
+        self.norm = RMSNorm(dim, dtype, eps=config.norm_eps)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else normal_param((config.vocab, dim), dtype, rngs, (MODEL_AXIS, None))
+        )
+
+    def __call__(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens vocab"]:
+        x = self.embed[...][tokens]
+        for layer in self.layers:
+            x = layer(x)
+        return self.logits(x)
+
+    def logits(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
+        head = self.embed if self.head is None else self.head
+        return einsum("...d,vd->...v", self.norm(x), head[...], out=jnp.float32)
+
+    def paged(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        cache: PagedLatentCache,
+        view: PageView,
+        kernels: KernelChoice,
+    ) -> tuple[Float[Array, "batch tokens dim"], PagedLatentCache]:
+        """Hidden states of `tokens`, which are written to the cache where `view` says."""
+        if len(cache.ckv) != len(self.layers):
+            raise ValueError(
+                f"cache: got {len(cache.ckv)} layers, expected the model's {len(self.layers)}"
+            )
+        if tokens.shape[0] != cache.max_batch:
+            raise ValueError(f"tokens: got {tokens.shape[0]} rows, expected {cache.max_batch=}")
+        x = self.embed[...][tokens]
+        rope = rotation(self.config.mla, view.positions)
+        ckv, kpe = list(cache.ckv), list(cache.kpe)
+        for i, layer in enumerate(self.layers):
+            x, ckv[i], kpe[i] = layer.paged(x, ckv[i], kpe[i], view, rope, kernels)
+        return x, cache.advanced(view, tuple(ckv), tuple(kpe))
+
+
+def prefill(
+    model: Decoder,
+    tokens: Int[Array, "batch tokens"],
+    cache: PagedLatentCache,
+    *,
+    counts: Int[Array, " batch"] | None = None,
+    backend: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "batch vocab"], PagedLatentCache]:
+    """Append a chunk of each row's prompt to the cache; logits after each row's last token.
+
+    tokens: int32, padded on the right; row b brings counts[b] of them (None: all S), at the
+    positions after those it already has, so long prompts can come in chunks. A row that brings
+    none is left as it is, and its logits mean nothing. Pages must be in the block table first.
+    Jit with the cache donated. Errors: ValueError for shapes that do not match the cache,
+    NotImplementedError for a backend that cannot run the model.
+    """
+    batch, width = tokens.shape
+    if width > cache.max_length:
+        raise ValueError(f"tokens: got {width} a row, the cache holds {cache.max_length}")
+    if counts is None:
+        counts = jnp.full(batch, width, jnp.int32)
+    view = cache.view(width, counts)
+    x, cache = model.paged(tokens, cache, view, KernelChoice(backend=backend, interpret=interpret))
+    last = jnp.clip(counts - 1, 0, width - 1)
+    return model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
+
+
+def decode_step(
+    model: Decoder,
+    tokens: Int[Array, " batch"],
+    cache: PagedLatentCache,
+    *,
+    backend: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "batch vocab"], PagedLatentCache]:
+    """Append one token to every row, and give the logits of the next one.
+
+    A row whose next position has no page is left as it is, and its logits mean nothing. Jit with
+    the cache donated, or call inside `jax.lax.scan`; nothing depends on the lengths but values.
+    Errors: as `prefill`.
+    """
+    view = cache.view(1, jnp.ones_like(cache.lengths))
+    kernels = KernelChoice(backend=backend, interpret=interpret)
+    x, cache = model.paged(tokens[:, None], cache, view, kernels)
+    return model.logits(x[:, 0]), cache

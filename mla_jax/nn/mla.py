@@ -1,0 +1,230 @@
+"""Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434), over three kinds of cache."""
+
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from mla_jax.cache import AbsorbCache, NaiveCache, PageView, append, causal, write_pages
+from mla_jax.config import MLAConfig
+from mla_jax.nn.linear import MODEL_AXIS, Linear, einsum
+from mla_jax.nn.norm import RMSNorm
+from mla_jax.rope import apply_rotary, rotation
+from pallas_kernels.paged_decode import paged_decode
+from pallas_kernels.paged_prefill import paged_prefill
+
+Rotation = tuple[Array, Array]
+AttnImpl = Literal["naive", "absorb"]
+
+
+class MLA(nnx.Module):
+    """Attention whose keys and values are rebuilt from one latent vector a token.
+
+    `naive` expands the latent to full keys and values; `absorb` folds that expansion into the
+    query and the output, so that attention runs in the latent space: the same result, and a cache
+    of kv_lora_rank + qk_rope_head_dim numbers a token. Weights are [out, in]; wq, wq_b and wkv_b
+    are annotated to split by heads, wo by its inputs.
+
+    >>> from flax import nnx
+    >>> config = MLAConfig(dim=32, n_heads=2, kv_lora_rank=16, dtype="float32")
+    >>> MLA(config, rngs=nnx.Rngs(0))(jnp.ones((1, 3, 32))).shape
+    (1, 3, 32)
+    """
+
+    def __init__(self, config: MLAConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        heads, dtype = config.n_heads, config.dtype
+        by_heads = (MODEL_AXIS, None)
+        if config.q_lora_rank == 0:
+            self.wq = Linear(
+                config.dim, heads * config.qk_head_dim, dtype, rngs=rngs, shards=by_heads
+            )
+        else:
+            self.wq_a = Linear(config.dim, config.q_lora_rank, dtype, rngs=rngs)
+            self.q_norm = RMSNorm(config.q_lora_rank, dtype)
+            self.wq_b = Linear(
+                config.q_lora_rank, heads * config.qk_head_dim, dtype, rngs=rngs, shards=by_heads
+            )
+        self.wkv_a = Linear(
+            config.dim, config.kv_lora_rank + config.qk_rope_head_dim, dtype, rngs=rngs
+        )
+        self.kv_norm = RMSNorm(config.kv_lora_rank, dtype)
+        self.wkv_b = Linear(
+            config.kv_lora_rank,
+            heads * (config.qk_nope_head_dim + config.v_head_dim),
+            dtype,
+            rngs=rngs,
+            shards=by_heads,
+        )
+        self.wo = Linear(
+            heads * config.v_head_dim, config.dim, dtype, rngs=rngs, shards=(None, MODEL_AXIS)
+        )
+
+    @overload
+    def __call__(self, x: Array, *, attn_impl: AttnImpl | None = None) -> Array: ...
+    @overload
+    def __call__(
+        self, x: Array, cache: NaiveCache, start_pos: int | Array = 0
+    ) -> tuple[Array, NaiveCache]: ...
+    @overload
+    def __call__(
+        self, x: Array, cache: AbsorbCache, start_pos: int | Array = 0
+    ) -> tuple[Array, AbsorbCache]: ...
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        cache: NaiveCache | AbsorbCache | None = None,
+        start_pos: int | Int[Array, ""] = 0,
+        *,
+        attn_impl: AttnImpl | None = None,
+    ):
+        """Causal attention of tokens start_pos..start_pos+S over themselves and the cache.
+
+        Without a cache, whole sequences from position 0 -> out [B, S, dim]. With one (NaiveCache
+        or AbsorbCache, which fixes `attn_impl`) the new tokens are appended -> (out, cache).
+        Errors: ValueError for an unknown attn_impl, one that is not the cache's, or a chunk longer
+        than the cache.
+        """
+        batch, tokens, _ = x.shape
+        impl = attn_impl or ("absorb" if isinstance(cache, AbsorbCache) else "naive")
+        kinds = {"naive": NaiveCache, "absorb": AbsorbCache}
+        if impl not in kinds:
+            raise ValueError(f"attn_impl: got {impl!r}, expected 'naive' or 'absorb'")
+        kind = kinds[impl]
+        returned = cache
+        if cache is None:
+            if not (isinstance(start_pos, int) and start_pos == 0):
+                raise ValueError(f"start_pos: got {start_pos}, expected 0 without a cache")
+            cache = kind.create(self.config, batch=batch, max_seq_len=tokens)
+        elif not isinstance(cache, kind):
+            raise ValueError(
+                f"attn_impl: got {impl!r} with a {type(cache).__name__}, expected {kind.__name__}"
+            )
+        time = jax.tree.leaves(cache)[0].shape[1]
+        if tokens + (start_pos if isinstance(start_pos, int) else 0) > time:
+            raise ValueError(f"x: got {tokens} tokens at {start_pos}, cache has room for {time}")
+
+        positions = start_pos + jnp.arange(tokens, dtype=jnp.int32)
+        q_nope, q_pe, ckv, kpe = self.project(x, rotation(self.config, positions))
+        visible = causal(positions, time)
+        if isinstance(cache, NaiveCache):
+            k, v = self.expand(ckv, kpe)
+            cache = NaiveCache(k=append(cache.k, k, start_pos), v=append(cache.v, v, start_pos))
+            out = self._attend_naive(q_nope, q_pe, cache, visible)
+        else:
+            cache = AbsorbCache(
+                ckv=append(cache.ckv, ckv, start_pos), kpe=append(cache.kpe, kpe, start_pos)
+            )
+            out = self._attend_absorb(q_nope, q_pe, cache, visible)
+        out = self.wo(out.reshape(batch, tokens, -1))
+        return out if returned is None else (out, cache)
+
+    def paged(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        ckv_pool: Float[Array, "pages page latent"],
+        kpe_pool: Float[Array, "pages page rope"],
+        view: PageView,
+        rope: Rotation,
+        *,
+        backend: str | None = None,
+        interpret: bool = False,
+    ) -> tuple[Array, Array, Array]:
+        """Write this call's tokens to the layer's pools, then attend over the rows' pages.
+
+        rope: (cos, sin) at view.positions. Returns (out [B, S, dim], ckv_pool, kpe_pool).
+        """
+        batch, tokens, _ = x.shape
+        q_nope, q_pe, ckv, kpe = self.project(x, rope)
+        ckv_pool, kpe_pool = write_pages(ckv_pool, view, ckv), write_pages(kpe_pool, view, kpe)
+        pages = (ckv_pool, kpe_pool, view.page_ids, view.start, view.length)
+        scale = self.config.softmax_scale
+        q_latent = self.absorb_query(q_nope)
+        if tokens == 1:
+            out, _ = paged_decode(
+                q_latent, q_pe, *pages, sm_scale=scale, backend=backend, interpret=interpret
+            )
+        else:
+            # Decode alone has other backends so far: a choice of one is no choice for prefill.
+            first = view.positions[:, 0]
+            out, _ = paged_prefill(q_latent, q_pe, *pages, first, sm_scale=scale)
+        out = self.wo(self.expand_values(out).reshape(batch, tokens, -1))
+        return out, ckv_pool, kpe_pool
+
+    def project(
+        self, x: Float[Array, "batch tokens dim"], rope: Rotation
+    ) -> tuple[
+        Float[Array, "batch tokens heads nope"],
+        Float[Array, "batch tokens heads rope"],
+        Float[Array, "batch tokens latent"],
+        Float[Array, "batch tokens rope"],
+    ]:
+        """(q_nope, rotated q_pe, normalised latent, rotated k_pe) of tokens at `rope`'s places."""
+        config = self.config
+        cos, sin = rope
+        q = self.wq(x) if config.q_lora_rank == 0 else self.wq_b(self.q_norm(self.wq_a(x)))
+        q = q.reshape(*x.shape[:-1], config.n_heads, config.qk_head_dim)
+        q_nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
+        q_pe = apply_rotary(
+            q_pe, cos[..., None, :], sin[..., None, :], interleave=config.rope_interleave
+        )
+        ckv, kpe = jnp.split(self.wkv_a(x), [config.kv_lora_rank], axis=-1)
+        kpe = apply_rotary(kpe, cos, sin, interleave=config.rope_interleave)
+        return q_nope, q_pe, self.kv_norm(ckv), kpe
+
+    def _wkv_b(
+        self,
+    ) -> tuple[Float[Array, "heads nope latent"], Float[Array, "heads value latent"]]:
+        config = self.config
+        weight = self.wkv_b.weight[...].reshape(config.n_heads, -1, config.kv_lora_rank)
+        return weight[:, : config.qk_nope_head_dim], weight[:, config.qk_nope_head_dim :]
+
+    def absorb_query(
+        self, q_nope: Float[Array, "batch tokens heads nope"]
+    ) -> Float[Array, "batch tokens heads latent"]:
+        """The query that scores latents as q_nope would score their expanded keys."""
+        w_k = self._wkv_b()[0]
+        if q_nope.shape[:2] == (1, 1):
+            # Of a product with one row XLA writes out every term, transposed, before it sums.
+            terms = q_nope[..., None].astype(jnp.float32) * w_k.astype(jnp.float32)
+            return terms.sum(axis=-2).astype(q_nope.dtype)
+        return einsum("bshn,hnc->bshc", q_nope, w_k)
+
+    def expand_values(
+        self, out: Float[Array, "batch tokens heads latent"]
+    ) -> Float[Array, "batch tokens heads value"]:
+        """A sum of latents -> the sum of the values that they stand for."""
+        return einsum("bshc,hvc->bshv", out, self._wkv_b()[1])
+
+    def expand(
+        self, ckv: Float[Array, "batch time latent"], kpe: Float[Array, "batch time rope"]
+    ) -> tuple[Float[Array, "batch time heads qk"], Float[Array, "batch time heads value"]]:
+        """Full keys (nope | rope) and values of every head."""
+        w_k, w_v = self._wkv_b()
+        k_nope = einsum("btc,hnc->bthn", ckv, w_k)
+        k_pe = jnp.broadcast_to(kpe[:, :, None], (*k_nope.shape[:-1], kpe.shape[-1]))
+        return jnp.concatenate([k_nope, k_pe], axis=-1), einsum("btc,hvc->bthv", ckv, w_v)
+
+    def _probs(self, scores: Array, visible: Bool[Array, "tokens time"]) -> Array:
+        """softmax over the visible keys, in float32, rounded to the model's dtype."""
+        scores = scores * self.config.softmax_scale
+        scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
+        return jax.nn.softmax(scores, axis=-1).astype(self.config.dtype)
+
+    def _attend_naive(
+        self, q_nope: Array, q_pe: Array, cache: NaiveCache, visible: Array
+    ) -> Float[Array, "batch tokens heads value"]:
+        q = jnp.concatenate([q_nope, q_pe], axis=-1)
+        probs = self._probs(einsum("bshd,bthd->bsht", q, cache.k, out=jnp.float32), visible)
+        return einsum("bsht,bthv->bshv", probs, cache.v)
+
+    def _attend_absorb(
+        self, q_nope: Array, q_pe: Array, cache: AbsorbCache, visible: Array
+    ) -> Float[Array, "batch tokens heads value"]:
+        scores = einsum("bshc,btc->bsht", self.absorb_query(q_nope), cache.ckv, out=jnp.float32)
+        scores += einsum("bshr,btr->bsht", q_pe, cache.kpe, out=jnp.float32)
+        probs = self._probs(scores, visible)
+        return self.expand_values(einsum("bsht,btc->bshc", probs, cache.ckv))

@@ -1,0 +1,19 @@
+"""Root-mean-square normalisation."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) in float32, rounded to x's dtype, times `weight` (arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, dtype: str, *, eps: float = 1e-6) -> None:
+        self.weight = nnx.Param(jnp.ones(dim, dtype), out_sharding=(None,), eager_sharding=False)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        x32 = x.astype(jnp.float32)
+        scale = lax.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(x.dtype) * self.weight[...]
