@@ -1,0 +1,104 @@
+"""`mla-jax doctor`: versions, devices, and which backend would run what, or why not."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+
+PACKAGES = ("mla-jax", "jax", "jaxlib", "flax", "numpy", "jaxtyping", "safetensors", "tokenizers")
+
+
+def add_parser(subparsers) -> None:
+    p = subparsers.add_parser("doctor", help="versions, devices, and which backend would run")
+    p.add_argument(
+        "--preset", default="deepseek-v2-lite", help="the model whose shapes to ask about"
+    )
+    p.add_argument("--page-size", type=int, default=64)
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=run)
+
+
+def diagnose(preset: str, page_size: int) -> dict:
+    """What `doctor` prints, as plain data."""
+    import jax
+
+    from mla_jax.config import presets
+    from pallas_kernels import expert_ffn, paged_decode, paged_prefill
+    from pallas_kernels.backend import explain
+    from pallas_kernels.device import current_device
+
+    if preset not in presets:
+        raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(presets)}")
+    config = presets[preset]
+    mla = config.mla
+    attention = {
+        "heads": mla.n_heads,
+        "latent": mla.kv_lora_rank,
+        "rope": mla.qk_rope_head_dim,
+        "page_size": page_size,
+        "dtype": config.dtype,
+    }
+    problems = {
+        "paged_decode": (
+            paged_decode.BACKENDS,
+            paged_decode.DecodeProblem(batch=1, tokens=1, **attention),
+        ),
+        "paged_prefill": (
+            paged_prefill.BACKENDS,
+            paged_prefill.PrefillProblem(batch=1, tokens=512, **attention),
+        ),
+    }
+    if config.moe is not None:
+        problems["expert_ffn"] = (
+            expert_ffn.BACKENDS,
+            expert_ffn.ExpertProblem(
+                tokens=1,
+                active=config.moe.n_active,
+                experts=config.moe.n_routed,
+                inter=config.moe.inter_dim,
+                dim=mla.dim,
+                dtype=config.dtype,
+            ),
+        )
+    device = current_device()
+    ops = {}
+    for op, (backends, problem) in problems.items():
+        reasons = explain(backends, problem, device)
+        ops[op] = {
+            "runs": next((name for name, reason in reasons.items() if reason is None), None),
+            "not": {name: reason for name, reason in reasons.items() if reason is not None},
+        }
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "devices": [f"{d.id}: {d.device_kind} ({d.platform})" for d in jax.devices()],
+        "preset": preset,
+        "operations": ops,
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    report = diagnose(args.preset, args.page_size)
+    if args.json:
+        print(json.dumps(report, indent=1))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print("  ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    for device in report["devices"]:
+        console.print(f"device {device}", highlight=False)
+    table = Table(title=f"backends for {report['preset']}", title_justify="left")
+    for column in ("operation", "runs", "why not another"):
+        table.add_column(column, overflow="fold")
+    for op, entry in report["operations"].items():
+        reasons = "\n".join(f"{name}: {reason}" for name, reason in entry["not"].items())
+        table.add_row(op, entry["runs"] or "nothing", reasons)
+    console.print(table)
+    return 0

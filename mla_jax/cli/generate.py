@@ -1,0 +1,157 @@
+"""`mla-jax generate`: the main job, text from a checkpoint."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+
+DEFAULT_PROMPTS = ("The list object", "A function is", "To open a file,")
+
+
+def count(text: str) -> int:
+    """A positive integer, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+    return value
+
+
+def add_parser(subparsers) -> None:
+    p = subparsers.add_parser("generate", help="continue prompts with a DeepSeek-style model")
+    p.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="a Hugging Face folder: config.json, *.safetensors, tokenizer.json "
+        "(default: the small byte-level model that comes with the package)",
+    )
+    p.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="once a sequence; may be repeated"
+    )
+    p.add_argument("--max-new-tokens", type=count, default=128, metavar="N")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    p.add_argument("--top-k", type=count, metavar="K")
+    p.add_argument("--top-p", type=float, metavar="P", help="in (0, 1]")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--ignore-eos", action="store_true", help="do not stop at an end token")
+    p.add_argument("--backend", metavar="NAME", help="triton or reference (default: fastest)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    p.add_argument("--page-size", type=count, default=64, metavar="N", help="tokens a cache page")
+    p.add_argument("--num-pages", type=count, metavar="N", help="cache pages (default: enough)")
+    p.add_argument("--json", action="store_true", help="one JSON object on stdout, at the end")
+    p.set_defaults(run=run)
+
+
+@contextmanager
+def _status(console: Console) -> Iterator:
+    """A line that changes in place on a terminal; elsewhere only its last state is printed."""
+    last = ""
+
+    def show(text: str) -> None:
+        nonlocal last
+        last = text
+        if status is not None:
+            status.update(text)
+
+    if console.is_terminal:
+        with console.status("loading", spinner="dots") as status:
+            yield show
+    else:
+        status = None
+        yield show
+    if last:
+        console.print(last, markup=False, highlight=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    from mla_jax.checkpoint import load_checkpoint
+    from mla_jax.generate import stream
+    from mla_jax.sampling import Sampler
+    from mla_jax.tokenizer import load_tokenizer
+
+    # Cheap mistakes first: loading a checkpoint can take minutes.
+    Sampler(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    path = args.checkpoint or Path(str(files("mla_jax") / "models" / "tiny"))
+    prompts = args.prompt or list(DEFAULT_PROMPTS)
+    errors = Console(stderr=True)
+    with _status(errors) as show:
+        show(f"loading {path}")
+        model = load_checkpoint(path, dtype=args.dtype)
+        tokenizer = load_tokenizer(path, model.config)
+        rows = [tokenizer.encode(prompt) for prompt in prompts]
+        made: list[list[int]] = [[] for _ in rows]
+        shown = [0] * len(rows)
+        show(f"compiling for {len(rows)} sequences")
+        progress = None
+        for progress in stream(
+            model,
+            rows,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            backend=args.backend,
+            ignore_eos=args.ignore_eos,
+            page_size=args.page_size,
+            num_pages=args.num_pages,
+        ):
+            for row, tokens in zip(made, progress.tokens, strict=True):
+                row += tokens
+            total = sum(map(len, made))
+            show(
+                f"{total} tokens, {total / progress.seconds:.1f} tokens/s, "
+                f"{progress.pages_in_use}/{progress.num_pages} cache pages in use"
+            )
+            if not args.json:
+                _print_text(prompts, made, progress.finished, shown, tokenizer)
+    assert progress is not None  # --max-new-tokens is at least 1
+    if args.json:
+        total = sum(map(len, made))
+        sequences = [
+            {
+                "prompt": prompt,
+                "text": tokenizer.decode(row),
+                "tokens": row,
+                "finish": "length" if len(row) == args.max_new_tokens else "end",
+            }
+            for prompt, row in zip(prompts, made, strict=True)
+        ]
+        document = {
+            "sequences": sequences,
+            "tokens": total,
+            "seconds": progress.seconds,
+            "tokens_per_second": total / progress.seconds,
+            "cache_pages": progress.num_pages,
+        }
+        print(json.dumps(document))
+    return 0
+
+
+def _print_text(
+    prompts: list[str],
+    made: list[list[int]],
+    finished: list[bool],
+    shown: list[int],
+    tokenizer,
+) -> None:
+    """Text to stdout: one sequence as it grows, several each when it ends."""
+    if len(prompts) == 1:
+        text = tokenizer.decode(made[0])
+        # A character may still lack its last bytes: hold back what is not whole yet.
+        whole = text if finished[0] else text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if shown[0] == 0:
+            sys.stdout.write(prompts[0])
+        sys.stdout.write(whole[shown[0] :] + ("\n" if finished[0] else ""))
+        shown[0] = max(shown[0], len(whole))
+    else:
+        for row, prompt in enumerate(prompts):
+            if finished[row] and not shown[row]:
+                sys.stdout.write(f"[{row}] {prompt}{tokenizer.decode(made[row])}\n")
+                shown[row] = 1
+    sys.stdout.flush()
