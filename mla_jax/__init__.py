@@ -3,11 +3,15 @@
 from mla_jax import nn, reference
 from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.cache import PagedLatentCache
+from mla_jax.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from mla_jax.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig, presets
+from mla_jax.generate import generate
 from mla_jax.nn import MLA, Decoder, decode_step, prefill
+from mla_jax.paged import mla_paged_decode
 
 __all__ = [
     "MLA",
+    "CheckpointError",
     "Decoder",
     "MLAConfig",
     "MoEConfig",
@@ -17,8 +21,12 @@ __all__ = [
     "PagedLatentCache",
     "YarnConfig",
     "decode_step",
+    "generate",
+    "load_checkpoint",
+    "mla_paged_decode",
     "nn",
     "prefill",
     "presets",
     "reference",
+    "save_checkpoint",
 ]

@@ -41,13 +41,14 @@ class Sampler:
             kth = lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:]
             logits = jnp.where(logits < kth, -jnp.inf, logits)
         if self.top_p is not None and self.top_p < 1:
-            logits = jnp.where(logits < self._nucleus_floor(logits), -jnp.inf, logits)
+            logits = jnp.where(logits < _nucleus_floor(logits, self.top_p), -jnp.inf, logits)
         return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
-    def _nucleus_floor(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch 1"]:
-        """The smallest logit of the fewest tokens whose probabilities reach top_p."""
-        ranked = -jnp.sort(-logits, axis=-1)
-        probs = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs
-        # The first token always belongs: nothing comes before it.
-        return jnp.where(before < self.top_p, ranked, jnp.inf).min(axis=-1, keepdims=True)
+
+def _nucleus_floor(logits: Float[Array, "batch vocab"], top_p: float) -> Float[Array, "batch 1"]:
+    """The smallest logit of the fewest tokens whose probabilities reach top_p."""
+    ranked = -jnp.sort(-logits, axis=-1)
+    probs = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    # The first token always belongs: nothing comes before it.
+    return jnp.where(before < top_p, ranked, jnp.inf).min(axis=-1, keepdims=True)

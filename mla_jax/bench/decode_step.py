@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from mla_jax.allocator import PageAllocator
-from mla_jax.bench.timing import measure_ceilings, microseconds_a_call, seconds_a_run
+from mla_jax.bench.timing import compilations, measure_ceilings, microseconds_a_call, seconds_a_run
 from mla_jax.cache import PagedLatentCache
 from mla_jax.config import ModelConfig
 from mla_jax.generate import BLOCK_STEPS, decode_block
@@ -148,7 +148,7 @@ def bench_step(model: Decoder, batch: int, length: int, ceiling: float, seed: in
     experts = [len(np.unique(ids)) for ids in jax.device_get(chosen)]
 
     key = jax.random.key(seed)
-    before = decode_block._cache_size()
+    before = compilations(decode_block)
 
     def block(cache: PagedLatentCache) -> PagedLatentCache:
         return decode_block(model, tokens, cache, key, sampler=Sampler())[1]
@@ -173,7 +173,7 @@ def bench_step(model: Decoder, batch: int, length: int, ceiling: float, seed: in
         "times_floor": seconds / floor,
         "gigabytes_a_step": moved / 1e9,
         "experts_a_layer": float(np.mean(experts)) if experts else 0.0,
-        "compilations": decode_block._cache_size() - before,
+        "compilations": compilations(decode_block) - before,
     }
 
 

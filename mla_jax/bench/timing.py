@@ -44,6 +44,11 @@ def microseconds_a_call(fn: Callable[..., Array], x: Array, *rest: Any) -> float
     return seconds_a_run(chained(fn), x, *rest) / CALLS * 1e6
 
 
+def compilations(jitted: Callable[..., Any]) -> int:
+    """How many programs a jitted function has made so far."""
+    return jitted._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def measure_ceilings() -> dict[str, float]:
     """This device's own limits, now: GB/s copied (read + write) and read, bfloat16 TFLOP/s.
 

@@ -23,7 +23,7 @@ def diagnose(preset: str, page_size: int) -> dict:
     import jax
 
     from mla_jax.config import presets
-    from pallas_kernels import expert_ffn, paged_decode, paged_prefill
+    from pallas_kernels import expert_ffn, paged_decode, paged_prefill, routing
     from pallas_kernels.backend import explain
     from pallas_kernels.device import current_device
 
@@ -41,7 +41,7 @@ def diagnose(preset: str, page_size: int) -> dict:
     problems = {
         "paged_decode": (
             paged_decode.BACKENDS,
-            paged_decode.DecodeProblem(batch=1, tokens=1, **attention),
+            paged_decode.DecodeProblem(batch=1, tokens=1, capacity=config.max_seq_len, **attention),
         ),
         "paged_prefill": (
             paged_prefill.BACKENDS,
@@ -59,6 +59,11 @@ def diagnose(preset: str, page_size: int) -> dict:
                 dim=mla.dim,
                 dtype=config.dtype,
             ),
+        )
+        rule = routing.RoutingRule(active=config.moe.n_active)
+        problems["route"] = (
+            routing.BACKENDS,
+            routing.RoutingProblem(tokens=1, experts=config.moe.n_routed, rule=rule),
         )
     device = current_device()
     ops = {}

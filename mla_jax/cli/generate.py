@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     # Cheap mistakes first: loading a checkpoint can take minutes.
     Sampler(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     path = args.checkpoint or Path(str(files("mla_jax") / "models" / "tiny"))
-    prompts = args.prompt or list(DEFAULT_PROMPTS)
+    prompts = args.prompt or DEFAULT_PROMPTS
     errors = Console(stderr=True)
     with _status(errors) as show:
         show(f"loading {path}")
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_text(
-    prompts: list[str],
+    prompts: Sequence[str],
     made: list[list[int]],
     finished: list[bool],
     shown: list[int],

@@ -94,33 +94,34 @@ class MLA(nnx.Module):
         if impl not in kinds:
             raise ValueError(f"attn_impl: got {impl!r}, expected 'naive' or 'absorb'")
         kind = kinds[impl]
-        returned = cache
         if cache is None:
             if not (isinstance(start_pos, int) and start_pos == 0):
                 raise ValueError(f"start_pos: got {start_pos}, expected 0 without a cache")
-            cache = kind.create(self.config, batch=batch, max_seq_len=tokens)
+            filled = kind.create(self.config, batch=batch, max_seq_len=tokens)
         elif not isinstance(cache, kind):
             raise ValueError(
                 f"attn_impl: got {impl!r} with a {type(cache).__name__}, expected {kind.__name__}"
             )
-        time = jax.tree.leaves(cache)[0].shape[1]
+        else:
+            filled = cache
+        time = jax.tree.leaves(filled)[0].shape[1]
         if tokens + (start_pos if isinstance(start_pos, int) else 0) > time:
             raise ValueError(f"x: got {tokens} tokens at {start_pos}, cache has room for {time}")
 
         positions = start_pos + jnp.arange(tokens, dtype=jnp.int32)
         q_nope, q_pe, ckv, kpe = self.project(x, rotation(self.config, positions))
         visible = causal(positions, time)
-        if isinstance(cache, NaiveCache):
+        if isinstance(filled, NaiveCache):
             k, v = self.expand(ckv, kpe)
-            cache = NaiveCache(k=append(cache.k, k, start_pos), v=append(cache.v, v, start_pos))
-            out = self._attend_naive(q_nope, q_pe, cache, visible)
+            filled = NaiveCache(k=append(filled.k, k, start_pos), v=append(filled.v, v, start_pos))
+            out = self._attend_naive(q_nope, q_pe, filled, visible)
         else:
-            cache = AbsorbCache(
-                ckv=append(cache.ckv, ckv, start_pos), kpe=append(cache.kpe, kpe, start_pos)
+            filled = AbsorbCache(
+                ckv=append(filled.ckv, ckv, start_pos), kpe=append(filled.kpe, kpe, start_pos)
             )
-            out = self._attend_absorb(q_nope, q_pe, cache, visible)
+            out = self._attend_absorb(q_nope, q_pe, filled, visible)
         out = self.wo(out.reshape(batch, tokens, -1))
-        return out if returned is None else (out, cache)
+        return out if cache is None else (out, filled)
 
     def paged(
         self,

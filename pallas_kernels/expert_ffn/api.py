@@ -33,9 +33,10 @@ def expert_ffn(
 
     gate_up holds both matrices of an expert, gate first; weights are float32, ids int32 and all
     below `experts`. `shared` is the (gate_up, down) of experts that every token passes through
-    with weight 1, side by side: wide is a multiple of inter. Only the experts that some token chose are read. Products accumulate in
-    float32; the hidden layer is rounded to x's dtype, as is the result. The reference is
-    differentiable. Errors: ValueError (shape), TypeError (dtype), NotImplementedError (backend).
+    with weight 1, side by side: wide is a multiple of inter. Of the routed experts only those
+    that some token chose are read. Products accumulate in float32; the hidden layer is rounded
+    to x's dtype, as is the result. The reference is differentiable.
+    Errors: ValueError (shape), TypeError (dtype), NotImplementedError (backend).
     """
     experts, _, inter, dim = gate_up.shape
     tokens, active = expert_ids.shape

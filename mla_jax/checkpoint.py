@@ -1,0 +1,320 @@
+"""Checkpoints in the Hugging Face layout: config.json and safetensors files.
+
+Loading streams: a tensor's bytes are read, put on the device and converted there before the next
+tensor is touched. The host holds about one tensor, the device the model and one tensor.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Container, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool
+from safetensors.numpy import save_file
+
+from mla_jax._safetensors import (
+    CONFIG,
+    DTYPES,
+    FP8,
+    WEIGHTS,
+    CheckpointError,
+    StoredTensor,
+    few,
+    read_headers,
+    read_json,
+)
+from mla_jax.config import ModelConfig
+from mla_jax.nn import Decoder
+from mla_jax.quantization import dequantize_blocks, scale_shape, weight_block_size
+
+SCALE = "_scale_inv"
+"""What an FP8 tensor's name ends in, to name its block scales."""
+
+# A tensor of the checkpoint, our parameter, and the tensor's place in it if it holds several.
+_Row = tuple[str, str, tuple[int, ...]]
+
+_OUTSIDE: tuple[_Row, ...] = (
+    ("model.embed_tokens.weight", "embed", ()),
+    ("model.norm.weight", "norm.weight", ()),
+    ("lm_head.weight", "head", ()),
+)
+_ATTENTION: tuple[_Row, ...] = (
+    ("input_layernorm.weight", "attn_norm.weight", ()),
+    ("self_attn.q_proj.weight", "attn.wq.weight", ()),
+    ("self_attn.q_a_proj.weight", "attn.wq_a.weight", ()),
+    ("self_attn.q_a_layernorm.weight", "attn.q_norm.weight", ()),
+    ("self_attn.q_b_proj.weight", "attn.wq_b.weight", ()),
+    ("self_attn.kv_a_proj_with_mqa.weight", "attn.wkv_a.weight", ()),
+    ("self_attn.kv_a_layernorm.weight", "attn.kv_norm.weight", ()),
+    ("self_attn.kv_b_proj.weight", "attn.wkv_b.weight", ()),
+    ("self_attn.o_proj.weight", "attn.wo.weight", ()),
+    ("post_attention_layernorm.weight", "ffn_norm.weight", ()),
+)
+_DENSE: tuple[_Row, ...] = (
+    ("mlp.gate_proj.weight", "ffn.gate_up", (0,)),
+    ("mlp.up_proj.weight", "ffn.gate_up", (1,)),
+    ("mlp.down_proj.weight", "ffn.down.weight", ()),
+)
+_MOE: tuple[_Row, ...] = (
+    ("mlp.gate.weight", "ffn.router.weight", ()),
+    ("mlp.gate.e_score_correction_bias", "ffn.router.bias", ()),
+    ("mlp.shared_experts.gate_proj.weight", "ffn.shared.gate_up", (0,)),
+    ("mlp.shared_experts.up_proj.weight", "ffn.shared.gate_up", (1,)),
+    ("mlp.shared_experts.down_proj.weight", "ffn.shared.down.weight", ()),
+)
+_EXPERT: tuple[_Row, ...] = (
+    ("mlp.experts.{e}.gate_proj.weight", "ffn.gate_up", (0,)),
+    ("mlp.experts.{e}.up_proj.weight", "ffn.gate_up", (1,)),
+    ("mlp.experts.{e}.down_proj.weight", "ffn.down", ()),
+)
+_FUSED_EXPERTS: tuple[_Row, ...] = (
+    ("mlp.experts.gate_up_proj", "ffn.gate_up", ()),
+    ("mlp.experts.down_proj", "ffn.down", ()),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One tensor of a checkpoint, and the part of a parameter that it is."""
+
+    tensor: str
+    parameter: str
+    slot: tuple[int, ...]
+
+    def part(self, parameter: nnx.Variable) -> tuple[int, ...]:
+        """The shape of the part."""
+        return parameter.shape[len(self.slot) :]
+
+    def stored(self, parameter: nnx.Variable) -> tuple[int, ...]:
+        """The shape of the tensor: fused experts have gate and up in one axis, [E, 2 I, D]."""
+        part = self.part(parameter)
+        return part if len(part) < 4 else (part[0], part[1] * part[2], part[3])
+
+
+def _entries(
+    config: ModelConfig, parameters: Container[str], stored: Container[str]
+) -> Iterator[_Entry]:
+    """The tensors that fill `parameters`; experts are fused in the layers where `stored` has it."""
+    rows = list(_OUTSIDE)
+    for i in range(config.n_layers):
+        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+        layer = list(_ATTENTION)
+        if config.moe is None or not config.is_moe(i):
+            layer += _DENSE
+        elif any(theirs + tensor in stored for tensor, _, _ in _FUSED_EXPERTS):
+            layer += _MOE + _FUSED_EXPERTS
+        else:
+            layer += _MOE
+            for e in range(config.moe.n_routed):
+                layer += [(name.format(e=e), target, (e, *slot)) for name, target, slot in _EXPERT]
+        rows += [(theirs + name, ours + target, slot) for name, target, slot in layer]
+    for name, target, slot in rows:
+        # A model has one form of the query projection, and perhaps no head, bias or shared experts.
+        if target in parameters:
+            yield _Entry(tensor=name, parameter=target, slot=slot)
+
+
+def _parameters(state: nnx.State) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+# --- Checks, all of them made before the first weight is read.
+
+
+def _is_part(tensor: StoredTensor, config: ModelConfig, extra_layers: int) -> bool:
+    """Whether a tensor is part of the decoder, not recomputed, tied, empty or of a further layer.
+
+    `extra_layers` after the last predict several tokens at once.
+    """
+    beyond = range(config.n_layers, config.n_layers + extra_layers)
+    return not (
+        tensor.name.endswith("rotary_emb.inv_freq")
+        or tensor.name.startswith(tuple(f"model.layers.{i}." for i in beyond))
+        or (config.tie_embeddings and tensor.name == "lm_head.weight")
+        or tensor.size == 0
+    )
+
+
+def _check(
+    root: Path,
+    entries: list[_Entry],
+    parameters: Mapping[str, nnx.Variable],
+    stored: Mapping[str, StoredTensor],
+    block: tuple[int, int],
+) -> None:
+    """Every tensor is there, in its shape and a dtype that can be read, and no other is."""
+    expected = {entry.tensor: entry.stored(parameters[entry.parameter]) for entry in entries}
+    for name, shape in list(expected.items()):
+        if name in stored and stored[name].dtype == FP8 and len(shape) > 1:
+            expected[name + SCALE] = scale_shape(shape, block)
+    missing = [name for name in expected if name not in stored]
+    rest = [name for name in stored if name not in expected]
+    groups = {
+        "missing": missing,
+        "unexpected": [name for name in rest if not name.endswith(SCALE)],
+        "scales without an FP8 weight:": [name for name in rest if name.endswith(SCALE)],
+    }
+    problems = [few(what, names) for what, names in groups.items() if names]
+    if problems:
+        raise CheckpointError(f"{root}: {'; '.join(problems)}")
+    for name, shape in expected.items():
+        tensor = stored[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.file}: {name}: got shape {tensor.shape}, expected {shape}"
+            )
+        scaled = name + SCALE in expected
+        if tensor.dtype not in DTYPES or (tensor.dtype == FP8 and not scaled):
+            raise CheckpointError(
+                f"{tensor.file}: {name}: dtype {tensor.dtype} is not supported here, "
+                f"expected one of {', '.join(DTYPES)}, and {FP8} only for scaled matrices"
+            )
+
+
+# --- Loading and saving.
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "block"))
+def _converted(
+    tensor: Array,
+    scale: Array | None,
+    *,
+    shape: tuple[int, ...],
+    dtype: str,
+    block: tuple[int, int],
+) -> tuple[Array, Bool[Array, ""]]:
+    """(the tensor in `shape` and `dtype`, whether all of it is finite)."""
+    if scale is None:
+        value = tensor.astype(dtype)
+    else:
+        value = dequantize_blocks(tensor, scale, dtype, block_size=block)
+    return value.reshape(shape), jnp.isfinite(value).all()
+
+
+@partial(jax.jit, donate_argnames="stack")
+def _filled(stack: Array, part: Array, slot: tuple[int, ...]) -> Array:
+    """`stack`, donated, with `part` at stack[slot]."""
+    start = (*slot, *(0 for _ in part.shape))
+    return lax.dynamic_update_slice(stack, part[(None,) * len(slot)], start)
+
+
+def _own_dtype(hf: dict[str, Any], config: ModelConfig, stored: Mapping[str, StoredTensor]) -> str:
+    """bfloat16 if weights are FP8, else the config's dtype, else the embedding's."""
+    if any(tensor.dtype == FP8 for tensor in stored.values()):
+        return "bfloat16"
+    embedding = stored.get("model.embed_tokens.weight")
+    if hf.get("dtype") or hf.get("torch_dtype") or embedding is None:
+        return config.dtype
+    return str(DTYPES.get(embedding.dtype, config.dtype))
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, dtype: str | None = None) -> Decoder:
+    """The model of a Hugging Face checkpoint directory, on the default device.
+
+    Reads config.json (`deepseek_v2` or `deepseek_v3`) and model.safetensors, or the shards that
+    model.safetensors.index.json lists. FP8 weights are multiplied by their block scales. dtype:
+    "float32", "bfloat16" or "float16"; None is bfloat16 if weights are FP8, else the checkpoint's
+    own (its config's, or if that gives none its embedding's). The router's correction bias stays
+    float32.
+
+    Streams: see the module's docstring. Nothing is read but headers until every name, shape and
+    dtype has been checked. Errors: CheckpointError, a ValueError, naming the file and the tensor or
+    key: what is missing, unexpected, of another shape or dtype, truncated, or not finite.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from mla_jax import presets
+    >>> with TemporaryDirectory() as directory:
+    ...     save_checkpoint(Decoder(presets["tiny"], rngs=nnx.Rngs(0)), directory)
+    ...     load_checkpoint(directory)(jnp.zeros((1, 4), jnp.int32)).shape
+    (1, 4, 256)
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such directory")
+    hf = read_json(root / CONFIG)
+    try:
+        config, block = ModelConfig.from_hf(hf), weight_block_size(hf)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{CONFIG}: ")
+        raise CheckpointError(f"{root / CONFIG}: {reason}") from None
+    extra_layers = hf.get("num_nextn_predict_layers")
+    extra_layers = extra_layers if isinstance(extra_layers, int) else 0
+    stored = {
+        name: tensor
+        for name, tensor in read_headers(root).items()
+        if _is_part(tensor, config, extra_layers)
+    }
+    if dtype is None:
+        dtype = _own_dtype(hf, config, stored)
+    config = config.replace_dtype(dtype)
+
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(model)
+    parameters = _parameters(state)
+    entries = list(_entries(config, parameters, stored))
+    _check(root, entries, parameters, stored, block)
+
+    def place(entry: _Entry) -> tuple[Path, int]:
+        return stored[entry.tensor].file, stored[entry.tensor].start
+
+    for entry in sorted(entries, key=place):
+        tensor, parameter = stored[entry.tensor], parameters[entry.parameter]
+        scale = stored.get(entry.tensor + SCALE)
+        value, is_finite = _converted(
+            tensor.to_device(),
+            None if scale is None else scale.to_device(),
+            shape=entry.part(parameter),
+            dtype=str(parameter.dtype),
+            block=block,
+        )
+        # Reading the flag also waits for the device, so that only one tensor is ever on its way.
+        if not is_finite:
+            raise CheckpointError(f"{tensor.file}: {tensor.name}: not finite in {parameter.dtype}")
+        if entry.slot:
+            stack = parameter.get_value()
+            if isinstance(stack, jax.ShapeDtypeStruct):
+                stack = jnp.zeros(stack.shape, stack.dtype)
+            value = _filled(stack, value, entry.slot)
+        parameter.set_value(value)
+    nnx.update(model, state)
+    return model
+
+
+def save_checkpoint(model: Decoder, path: str | os.PathLike[str]) -> None:
+    """Write `model` as a Hugging Face checkpoint that `load_checkpoint` and transformers read.
+
+    The directory appears whole or not at all; in one that exists, each of the two files is replaced
+    whole. The model passes through host memory. Errors: ValueError for a config that
+    Hugging Face's model types cannot say, OSError.
+    """
+    config = model.config.to_hf()
+    parameters = _parameters(nnx.state(model))
+    tensors = {
+        entry.tensor: np.ascontiguousarray(parameters[entry.parameter].get_value()[entry.slot])
+        for entry in _entries(model.config, parameters, stored=())
+    }
+    root = Path(path).resolve()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # A draft in the same file system, so that renaming it is all that readers can see.
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+        draft = Path(scratch, root.name)
+        draft.mkdir()
+        (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        # safetensors makes files that none but their owner can read.
+        shutil.copymode(draft / CONFIG, draft / WEIGHTS)
+        if not root.exists():
+            draft.rename(root)
+            return
+        for name in (WEIGHTS, CONFIG):
+            (draft / name).replace(root / name)

@@ -1,0 +1,32 @@
+"""Shared fixtures: strict promotion everywhere and a fresh, printed, re-settable seed."""
+
+import os
+import random
+
+import jax
+
+# jax >= 0.11 imports this when it first interprets a kernel, and the configuration flag that it
+# registers makes every jit cache miss once more: tests that count compilations want it early.
+import jax.experimental.pallas.fuser
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# In the environment, so that parallel workers draw the same inputs as the header says.
+SEED = int(os.environ.setdefault("MLA_JAX_SEED", str(random.SystemRandom().randrange(2**31))))
+
+
+def pytest_report_header() -> str:
+    return f"MLA_JAX_SEED={SEED} (set it to repeat this run's random inputs)"
+
+
+@pytest.fixture
+def seed() -> int:
+    """This run's seed; the report header prints it, `MLA_JAX_SEED` fixes it."""
+    return SEED
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
