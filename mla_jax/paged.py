@@ -80,12 +80,11 @@ def mla_paged_decode(
             "expected both [batch, heads, width] or both [batch, tokens, heads, width]"
         )
     batch, latent, rope = q_nope.shape[0], q_nope.shape[-1], q_pe.shape[-1]
-    if sm_scale is None:
-        if (latent, rope) != (DEFAULT_LATENT, DEFAULT_ROPE):
-            raise ValueError(
-                f"sm_scale: got None for latent {latent} and rope {rope}, expected a value: "
-                f"the default holds for {DEFAULT_LATENT} and {DEFAULT_ROPE}"
-            )
+    if sm_scale is None and (latent, rope) != (DEFAULT_LATENT, DEFAULT_ROPE):
+        raise ValueError(
+            f"sm_scale: got None for latent {latent} and rope {rope}, expected a value: "
+            f"the default holds for {DEFAULT_LATENT} and {DEFAULT_ROPE}"
+        )
     if kv_indptr.shape != (batch + 1,):
         raise ValueError(
             f"kv_indptr: got shape {kv_indptr.shape}, expected ({batch + 1},), one more than q_nope"
