@@ -41,7 +41,7 @@ class TrainingSettings:
     batch: int = 32
     length: int = 512
     learning_rate: float = 2e-3
-    weight_decay: float = 3.0
+    weight_decay: float = 2.0
     warmup: int = 200
     clip_norm: float = 1.0
     balance_rate: float = 1e-3

@@ -22,12 +22,18 @@ def _commit() -> str:
     return asked.stdout.strip() if asked.returncode == 0 else "unknown"
 
 
+def _command() -> str:
+    """This process's command, without the folders of its files: they are nobody else's."""
+    words = [word.rsplit("/", 1)[-1] if word.startswith("/") else word for word in sys.argv[1:]]
+    return shlex.join(["mla-jax", *words])
+
+
 def header() -> dict[str, Any]:
     """Command, versions, device and commit of this process."""
     packages = ("jax", "jaxlib", "flax", "numpy")
     device = jax.devices()[0]
     return {
-        "command": shlex.join(["mla-jax", *sys.argv[1:]]),
+        "command": _command(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "python": sys.version.split()[0],
         "device": device.device_kind,

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, TypeError, OSError, OverflowError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, OverflowError, RuntimeError, ImportError) as error:
         if os.environ.get("MLA_JAX_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
