@@ -202,7 +202,7 @@ def _converted(
 
 
 @partial(jax.jit, donate_argnames="stack")
-def _filled(stack: Array, part: Array, slot: tuple[int, ...]) -> Array:
+def _filled(stack: Array, part: Array, slot: tuple[int | Array, ...]) -> Array:
     """`stack`, donated, with `part` at stack[slot]."""
     start = (*slot, *(0 for _ in part.shape))
     return lax.dynamic_update_slice(stack, part[(None,) * len(slot)], start)
