@@ -61,17 +61,27 @@ def power_of_two_divisor(size: int, at_most: int) -> int:
     return min(size & -size, at_most)
 
 
-def choose_tiles(problem: ExpertProblem, outputs: int, inputs: int) -> ExpertTiles:
-    """Tiles for one of the two products, `outputs` by `inputs` an expert."""
+def choose_tiles(problem: ExpertProblem, *, gated: bool) -> ExpertTiles:
+    """Tiles for one of the two products: the `gated` one to the hidden layer, or the one back.
+
+    Found on an H200. Few rows are a matter of reading weights at full speed: blocks narrow enough
+    that every core has several, of which the gated ones read two matrices.
+    """
+    outputs, inputs = (problem.inter, problem.dim) if gated else (problem.dim, problem.inter)
     per_expert = problem.routed_rows // problem.experts
     rows = min(max(16, 1 << max(per_expert - 1, 0).bit_length()), 64)
-    columns, num_warps = (32, 4) if rows == 16 else (64, 8)
+    if problem.routed_rows <= rows:
+        columns, num_warps, num_stages = (32, 4, 3) if gated else (16, 2, 4)
+    elif rows == 16:
+        columns, num_warps, num_stages = 32, 4, 4
+    else:
+        columns, num_warps, num_stages = 64, 8, 3
     return ExpertTiles(
         rows=rows,
         columns=power_of_two_divisor(outputs, columns),
         depth=power_of_two_divisor(inputs, 128 if rows <= 32 else 64),
         num_warps=num_warps,
-        num_stages=4 if rows == 16 else 3,
+        num_stages=num_stages,
     )
 
 

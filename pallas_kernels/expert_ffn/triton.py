@@ -193,8 +193,8 @@ def expert_ffn_triton(
     shared_gate_up = shared_gate_up.reshape(2, -1, inter, dim)
     shared_down = shared_down.reshape(dim, -1, inter)
 
-    hidden_tiles = choose_tiles(problem, outputs=inter, inputs=dim)
-    output_tiles = choose_tiles(problem, outputs=dim, inputs=inter)
+    hidden_tiles = choose_tiles(problem, gated=True)
+    output_tiles = choose_tiles(problem, gated=False)
     plan = plan_row_tiles(expert_ids.reshape(-1), problem.experts, hidden_tiles.rows)
     hidden = _launch(
         _hidden_kernel,
