@@ -124,8 +124,10 @@ def _entries(
             yield _Entry(tensor=name, parameter=target, slot=slot)
 
 
-def _parameters(state: nnx.State) -> dict[str, nnx.Variable]:
-    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+def _parameters(model: Decoder) -> dict[str, nnx.Variable]:
+    """The model's own variables, by their dotted paths."""
+    nodes = nnx.iter_graph(model)
+    return {".".join(map(str, p)): node for p, node in nodes if isinstance(node, nnx.Variable)}
 
 
 # --- Checks, all of them made before the first weight is read.
@@ -259,8 +261,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, dtype: str | None = None) -
     config = config.replace_dtype(dtype)
 
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    state = nnx.state(model)
-    parameters = _parameters(state)
+    parameters = _parameters(model)
     entries = list(_entries(config, parameters, stored))
     _check(root, entries, parameters, stored, block)
 
@@ -286,7 +287,6 @@ def load_checkpoint(path: str | os.PathLike[str], *, dtype: str | None = None) -
                 stack = jnp.zeros(stack.shape, stack.dtype)
             value = _filled(stack, value, entry.slot)
         parameter.set_value(value)
-    nnx.update(model, state)
     return model
 
 
@@ -296,9 +296,16 @@ def save_checkpoint(model: Decoder, path: str | os.PathLike[str]) -> None:
     The directory appears whole or not at all; in one that exists, each of the two files is replaced
     whole. The model passes through host memory. Errors: ValueError for a config that
     Hugging Face's model types cannot say, OSError.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from mla_jax import presets
+    >>> with TemporaryDirectory() as directory:
+    ...     save_checkpoint(Decoder(presets["tiny"], rngs=nnx.Rngs(0)), directory)
+    ...     sorted(os.listdir(directory))
+    ['config.json', 'model.safetensors']
     """
     config = model.config.to_hf()
-    parameters = _parameters(nnx.state(model))
+    parameters = _parameters(model)
     tensors = {
         entry.tensor: np.ascontiguousarray(parameters[entry.parameter].get_value()[entry.slot])
         for entry in _entries(model.config, parameters, stored=())

@@ -22,8 +22,8 @@ def _yarn_bounds(yarn: YarnConfig, rope_dim: int, theta: float) -> tuple[float, 
 
     low, high = pair_with(yarn.beta_fast), pair_with(yarn.beta_slow)
     if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope_dim - 1)
+        low, high = float(math.floor(low)), float(math.ceil(high))
+    low, high = max(low, 0.0), min(high, rope_dim - 1.0)
     return low, high + 0.001 if low == high else high
 
 
