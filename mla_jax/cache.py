@@ -132,7 +132,11 @@ class PagedLatentCache:
         return dataclasses.replace(self, block_table=block_table, lengths=lengths)
 
     def copy_pages(self, source: Int[Array, " n"], target: Int[Array, " n"]) -> "PagedLatentCache":
-        """Copy whole pages within every pool: what copy-on-write asks for."""
+        """Copy whole pages within every pool: what copy-on-write asks for.
+
+        A target below 0 or past the pool copies nothing, so that lists can be padded.
+        """
+        target = jnp.where(target < 0, self.num_pages, target)
 
         def copied(pool: Array) -> Array:
             return pool.at[target].set(pool[source], mode="drop")

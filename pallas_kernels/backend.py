@@ -35,6 +35,12 @@ def needs_gpu(device: Device) -> str | None:
 KNOWN = ("triton", "reference")
 
 
+def check_name(name: str | None) -> None:
+    """ValueError for a backend that no operation has."""
+    if name is not None and name not in KNOWN:
+        raise ValueError(f"backend: got {name!r}, expected None or one of {', '.join(KNOWN)}")
+
+
 def choose(op: str, backends: Sequence[Backend], problem: Any, name: str | None) -> Backend:
     """The backend `name` of `backends` (fastest first), or, for None, the first that can run.
 
@@ -47,8 +53,7 @@ def choose(op: str, backends: Sequence[Backend], problem: Any, name: str | None)
             if backend.unfit(device) is None and backend.unsupported(problem) is None:
                 return backend
         raise NotImplementedError(f"{op}: no backend can run {problem}; see explain()")
-    if name not in KNOWN:
-        raise ValueError(f"backend: got {name!r}, expected None or one of {', '.join(KNOWN)}")
+    check_name(name)
     for backend in backends:
         if backend.name == name:
             if reason := backend.unsupported(problem):

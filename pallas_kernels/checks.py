@@ -27,7 +27,13 @@ def check_paged(
         )
     if ckv_cache.ndim != 3:
         raise ValueError(f"ckv_cache: got shape {ckv_cache.shape}, expected [pages, page, latent]")
-    rope = q_pe.shape[-1] if q_pe.ndim == 4 else 0
+    if q_pe.ndim != 4:
+        raise ValueError(f"q_pe: got shape {q_pe.shape}, expected [batch, tokens, heads, rope]")
+    if q_nope.shape[0] == 0:
+        raise ValueError("q_nope: got no request, expected at least one")
+    if 0 in ckv_cache.shape:
+        raise ValueError(f"ckv_cache: got shape {ckv_cache.shape}, expected no empty axis")
+    rope = q_pe.shape[-1]
     _check_shape("q_pe", q_pe, (*q_nope.shape[:-1], rope), "[batch, tokens, heads, rope]")
     if ckv_cache.shape[-1] != q_nope.shape[-1]:
         raise ValueError(

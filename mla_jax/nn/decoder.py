@@ -13,6 +13,7 @@ from mla_jax.nn.linear import MODEL_AXIS, einsum, normal_param
 from mla_jax.nn.mla import MLA, Rotation
 from mla_jax.nn.norm import RMSNorm
 from mla_jax.rope import rotation
+from pallas_kernels.backend import check_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,9 @@ class KernelChoice:
 
     backend: str | None = None
     interpret: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.backend)
 
 
 class DecoderLayer(nnx.Module):
@@ -135,8 +139,9 @@ def prefill(
     tokens: int32, padded on the right; row b brings counts[b] of them (None: all S), at the
     positions after those it already has, so long prompts can come in chunks. A row that brings
     none is left as it is, and its logits mean nothing. Pages must be in the block table first.
-    Jit with the cache donated. Errors: ValueError for shapes that do not match the cache,
-    NotImplementedError for a backend that cannot run the model.
+    Attention here is the reference's whatever `backend` says, which the experts follow: prefill
+    has no other yet. Jit with the cache donated. Errors: ValueError for shapes that do not match
+    the cache, NotImplementedError for a backend that cannot run the model.
     """
     batch, width = tokens.shape
     if width > cache.max_length:

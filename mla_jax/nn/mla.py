@@ -105,6 +105,8 @@ class MLA(nnx.Module):
         else:
             filled = cache
         time = jax.tree.leaves(filled)[0].shape[1]
+        if isinstance(start_pos, int) and start_pos < 0:
+            raise ValueError(f"start_pos: got {start_pos}, expected 0 or more")
         if tokens + (start_pos if isinstance(start_pos, int) else 0) > time:
             raise ValueError(f"x: got {tokens} tokens at {start_pos}, cache has room for {time}")
 

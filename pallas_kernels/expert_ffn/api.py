@@ -33,9 +33,9 @@ def expert_ffn(
 
     gate_up holds both matrices of an expert, gate first; weights are float32, ids int32 and all
     below `experts`. `shared` is the (gate_up, down) of experts that every token passes through
-    with weight 1, side by side: wide is a multiple of inter. Of the routed experts only those
-    that some token chose are read. Products accumulate in float32; the hidden layer is rounded
-    to x's dtype, as is the result. The reference is differentiable.
+    with weight 1, side by side: wide is a multiple of inter. Of the routed experts the Triton
+    kernels read only those that some token chose. Products accumulate in float32; the hidden
+    layer is rounded to x's dtype, as is the result. The reference is differentiable.
     Errors: ValueError (shape), TypeError (dtype), NotImplementedError (backend).
     """
     experts, _, inter, dim = gate_up.shape
@@ -49,6 +49,8 @@ def expert_ffn(
     for name, (array, shape) in expected.items():
         if array.shape != shape:
             raise ValueError(f"{name}: got shape {array.shape}, expected {shape}")
+    if 0 in expert_ids.shape:
+        raise ValueError(f"expert_ids: got shape {expert_ids.shape}, expected no empty axis")
     named = [("gate_up", gate_up), ("down", down)]
     if shared is not None:
         wide = shared[0].shape[1]

@@ -97,7 +97,7 @@ class RowTiles(NamedTuple):
 def plan_row_tiles(expert_ids: Int[Array, " pairs"], experts: int, rows: int) -> RowTiles:
     """Group pairs by expert into tiles of `rows`; tiles beyond the last have count 0.
 
-    So few pairs that they fit one tile get one each: the same bytes are read, without a sort.
+    So few pairs that they fit one tile get one each: no sort, and little is read twice.
     """
     pairs = expert_ids.shape[0]
     if pairs <= rows:

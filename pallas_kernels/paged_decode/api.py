@@ -49,8 +49,8 @@ def paged_decode(
     never used, whatever they hold; ids out of range are clamped. A block table [B, max_pages] is
     page_ids = table.ravel(), start = arange(B) * max_pages.
 
-    num_splits: blocks that share one request's keys; None follows the shapes. interpret: run the
-    Triton kernel's Python on any device.
+    num_splits: blocks that share one request's keys; None follows the shapes. interpret: with
+    backend="triton", run the kernel's Python on any device.
     Returns out [batch, tokens, heads, latent] of q's dtype and the base-2 log-sum-exp
     [batch, tokens, heads] float32; a query without keys gives 0 and -inf.
     Errors: ValueError (shape), TypeError (dtype), NotImplementedError (backend, with the reason).

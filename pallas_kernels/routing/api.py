@@ -33,6 +33,9 @@ def route(
         raise ValueError(f"bias: got shape {bias.shape}, expected {(experts,)}")
     if experts % rule.groups:
         raise ValueError(f"rule: got {rule.groups} groups, expected a divisor of {experts} experts")
+    eligible = experts // rule.groups * rule.limited_groups
+    if not 1 <= rule.active <= eligible:
+        raise ValueError(f"rule: got {rule.active} active, expected 1 to the {eligible} eligible")
     for name, array in (("logits", logits), ("bias", bias)):
         if array is not None and array.dtype != jnp.float32:
             raise TypeError(f"{name}: got dtype {array.dtype}, expected float32")
