@@ -4,6 +4,7 @@ A step's floor: every weight once, of the experts only those that some token cho
 the routers), the latent cache of every row once, at the bandwidth measured in the same run.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -136,13 +137,15 @@ def bench_step(model: Decoder, batch: int, length: int, ceiling: float, seed: in
     cache = PagedLatentCache.create(
         config, num_pages=batch * per_row, max_batch=batch, max_pages=per_row
     )
-    keys = jax.random.split(jax.random.key(seed), len(cache.ckv))
-    # Zeros would make every score equal; the latent a model caches has unit variance.
-    filled = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, cache.ckv, strict=True)]
+    # Zeros would make every score equal; what a model caches has about unit variance.
+    keys = iter(jax.random.split(jax.random.key(seed), 2 * config.n_layers))
+    cache = dataclasses.replace(
+        cache,
+        ckv=tuple(jax.random.normal(next(keys), p.shape, p.dtype) for p in cache.ckv),
+        kpe=tuple(jax.random.normal(next(keys), p.shape, p.dtype) for p in cache.kpe),
+    )
     lengths = jnp.full(batch, length, jnp.int32)
-    cache = cache.advanced(
-        cache.view(1, lengths)._replace(length=lengths), tuple(filled), cache.kpe
-    ).with_rows(jnp.asarray(table), lengths)
+    cache = cache.with_rows(jnp.asarray(table), lengths)
     tokens = jax.random.randint(jax.random.key(seed), (batch,), 0, config.vocab, jnp.int32)
     chosen = jax.jit(experts_chosen)(model, tokens, cache)
     experts = [len(np.unique(ids)) for ids in jax.device_get(chosen)]

@@ -22,7 +22,7 @@ def _commit() -> str:
     return asked.stdout.strip() if asked.returncode == 0 else "unknown"
 
 
-def _command() -> str:
+def command() -> str:
     """This process's command, without the folders of its files: they are nobody else's."""
     words = [word.rsplit("/", 1)[-1] if word.startswith("/") else word for word in sys.argv[1:]]
     return shlex.join(["mla-jax", *words])
@@ -33,7 +33,7 @@ def header() -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "numpy")
     device = jax.devices()[0]
     return {
-        "command": _command(),
+        "command": command(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "python": sys.version.split()[0],
         "device": device.device_kind,

@@ -28,10 +28,9 @@ def run_decode_step(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from mla_jax.bench import decode_step, results
-    from mla_jax.config import presets
+    from mla_jax.cli import find_preset
 
-    if args.preset not in presets:
-        raise ValueError(f"preset: got {args.preset!r}, expected one of {', '.join(presets)}")
+    config = find_preset(args.preset)
     if args.length < 1:
         raise ValueError(f"length: got {args.length}, expected at least 1")
     if args.json is not None and not args.json.parent.is_dir():
@@ -47,7 +46,7 @@ def run_decode_step(args: argparse.Namespace) -> int:
         line = f"{row['op']:12} {row['shape']:28} {'  '.join(numbers)}"
         console.print(line, soft_wrap=True, highlight=False)
 
-    ceilings, rows = decode_step.run(presets[args.preset], args.batch, args.length, report)
+    ceilings, rows = decode_step.run(config, args.batch, args.length, report)
     if args.json is not None:
         results.write(args.json, rows, preset=args.preset, ceilings=ceilings)
     return 0

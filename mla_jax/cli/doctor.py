@@ -22,14 +22,12 @@ def diagnose(preset: str, page_size: int) -> dict:
     """What `doctor` prints, as plain data."""
     import jax
 
-    from mla_jax.config import presets
+    from mla_jax.cli import find_preset
     from pallas_kernels import expert_ffn, paged_decode, paged_prefill, routing
     from pallas_kernels.backend import explain
     from pallas_kernels.device import current_device
 
-    if preset not in presets:
-        raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(presets)}")
-    config = presets[preset]
+    config = find_preset(preset)
     mla = config.mla
     attention = {
         "heads": mla.n_heads,

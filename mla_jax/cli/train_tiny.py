@@ -6,9 +6,7 @@ import json
 import math
 import os
 import platform
-import shlex
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from mla_jax.bench.results import command
 from mla_jax.checkpoint import save_checkpoint
 from mla_jax.config import presets
 from mla_jax.corpus import SEPARATOR, build_corpus
@@ -119,7 +118,7 @@ def _record(training: Training, text: bytes, seconds: float, *, own_text: bool) 
     """training.json: the loss curve, and what made it. Losses are in nats a byte."""
     assert training.best is not None
     return {
-        "command": shlex.join(["mla-jax", *sys.argv[1:]]),
+        "command": command(),
         "interrupted": not training.done,
         "seconds": round(seconds, 1),
         "device": jax.devices()[0].device_kind,

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, DTypeLike, Float
+
+from pallas_kernels.precision import precision_for
 
 MODEL_AXIS = "model"
 """The mesh axis over which heads, hidden features and experts are split."""
@@ -12,7 +13,7 @@ MODEL_AXIS = "model"
 
 def einsum(spec: str, *operands: Array, out: DTypeLike | None = None) -> Array:
     """jnp.einsum that computes float32 in float32: a GPU's default would be TF32."""
-    precision = lax.Precision.HIGHEST if operands[0].dtype == jnp.float32 else None
+    precision = precision_for(operands[0].dtype)
     return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=out)
 
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.precision import precision_for
+
 # [rows, k] x [experts, n, k] -> [rows, n], rows in groups by expert.
 _ROWS_BY_EXPERT = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())),
@@ -29,7 +31,7 @@ def expert_ffn_reference(
     flat_ids = expert_ids.reshape(-1)
     order = jnp.argsort(flat_ids)
     sizes = jnp.bincount(flat_ids, length=experts).astype(jnp.int32)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    precision = precision_for(x.dtype)
 
     def grouped_dot(rows: Array, matrices: Array) -> Array:
         return lax.ragged_dot_general(

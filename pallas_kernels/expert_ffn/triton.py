@@ -22,6 +22,7 @@ from pallas_kernels.expert_ffn.tiles import (
     choose_tiles,
     plan_row_tiles,
 )
+from pallas_kernels.precision import precision_for
 
 
 def unsupported(problem: ExpertProblem) -> str | None:
@@ -39,8 +40,7 @@ def _load_rows(ref, rows, valid, step, depth):
 
 
 def _dot(a, b, acc):
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return acc + plgpu.dot(a, b, trans_b=True, precision=precision)
+    return acc + plgpu.dot(a, b, trans_b=True, precision=precision_for(a.dtype))
 
 
 def _for_tile(plan_refs, problem: ExpertProblem, tiles: ExpertTiles, run):

@@ -36,7 +36,7 @@ class DecodeProblem:
             rope=q_pe.shape[-1],
             page_size=page_size,
             dtype=str(q_nope.dtype),
-            capacity=-(-page_ids.shape[0] * page_size // max(batch, 1)),
+            capacity=-(-page_ids.shape[0] * page_size // batch),
         )
 
     @property

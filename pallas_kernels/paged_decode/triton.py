@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.device import current_device
 from pallas_kernels.merge import merge_partials_triton
 from pallas_kernels.paged_decode.tiles import DecodeProblem, DecodeTiles, choose_tiles
+from pallas_kernels.precision import precision_for
 
 LOG2_E = math.log2(math.e)
 NEG_INF = float("-inf")
@@ -88,8 +89,7 @@ def _decode_kernel(
     first_id = start_ref[request]
     scale = scale_ref[0] * LOG2_E
     q_nope, q_pe = q_nope_ref[...], q_pe_ref[...]
-    precision = lax.Precision.HIGHEST if q_nope.dtype == jnp.float32 else None
-    dot = functools.partial(plgpu.dot, precision=precision)
+    dot = functools.partial(plgpu.dot, precision=precision_for(q_nope.dtype))
 
     # Row r is head r % heads of query token r // heads, and sees the keys before `visible`.
     row = row_block * tiles.rows + jnp.arange(tiles.rows)

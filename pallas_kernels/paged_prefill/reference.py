@@ -1,9 +1,10 @@
 """Paged latent attention in plain jnp, a block of keys at a time, with a running softmax."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.precision import precision_for
 
 KEYS_PER_STEP = 256
 
@@ -28,7 +29,7 @@ def paged_prefill_reference(
     dtype = ckv_cache.dtype
     pages_per_step = max(1, KEYS_PER_STEP // page_size)
     keys_per_step = pages_per_step * page_size
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    precision = precision_for(dtype)
     limit = jnp.minimum(first[:, None] + jnp.arange(tokens) + 1, length[:, None])  # [B, S]
 
     def load(cache: Array, pages: Array, valid: Array) -> Array:
@@ -44,7 +45,7 @@ def paged_prefill_reference(
         position = i * keys_per_step + jnp.arange(keys_per_step)
         valid = position < length[:, None]  # [B, K]
         slots = start[:, None] + i * pages_per_step + jnp.arange(pages_per_step)
-        pages = page_ids[jnp.clip(slots, 0, max(page_ids.shape[0] - 1, 0))]
+        pages = page_ids[jnp.clip(slots, 0, page_ids.shape[0] - 1)]
         pages = jnp.clip(pages, 0, num_pages - 1)
         keys, rope = load(ckv_cache, pages, valid), load(kpe_cache, pages, valid)
 
@@ -65,7 +66,7 @@ def paged_prefill_reference(
         jnp.full(rows, -jnp.inf, jnp.float32),
         jnp.zeros(rows, jnp.float32),
     )
-    steps = lax.div(length.max(initial=0) + keys_per_step - 1, jnp.int32(keys_per_step))
+    steps = lax.div(length.max() + keys_per_step - 1, jnp.int32(keys_per_step))
     acc, top, total = lax.fori_loop(jnp.int32(0), steps.astype(jnp.int32), step, state)
     out = acc / jnp.where(total == 0, 1.0, total)[..., None]
-    return out.astype(q_nope.dtype), jax.numpy.log2(total) + jnp.where(total == 0, 0.0, top)
+    return out.astype(q_nope.dtype), jnp.log2(total) + jnp.where(total == 0, 0.0, top)
