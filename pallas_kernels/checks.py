@@ -17,24 +17,27 @@ def check_paged(
     ckv_cache: Array,
     kpe_cache: Array,
     page_ids: Array,
-    start: Array,
-    length: Array,
+    per_request: dict[str, Array],
+    *,
+    axes: str,
 ) -> None:
-    """ValueError for shapes, TypeError for dtypes, of a paged attention call."""
-    if q_nope.ndim != 4:
-        raise ValueError(
-            f"q_nope: got shape {q_nope.shape}, expected [batch, tokens, heads, latent]"
-        )
+    """ValueError for shapes, TypeError for dtypes, of a paged attention call.
+
+    axes: what q's leading axes are, "batch, tokens" or "tokens"; per_request: int32 [batch] each.
+    """
+    leading = axes.count(",") + 1
+    if q_nope.ndim != leading + 2:
+        raise ValueError(f"q_nope: got shape {q_nope.shape}, expected [{axes}, heads, latent]")
     if ckv_cache.ndim != 3:
         raise ValueError(f"ckv_cache: got shape {ckv_cache.shape}, expected [pages, page, latent]")
-    if q_pe.ndim != 4:
-        raise ValueError(f"q_pe: got shape {q_pe.shape}, expected [batch, tokens, heads, rope]")
-    if q_nope.shape[0] == 0:
-        raise ValueError("q_nope: got no request, expected at least one")
+    if q_pe.ndim != leading + 2:
+        raise ValueError(f"q_pe: got shape {q_pe.shape}, expected [{axes}, heads, rope]")
+    if 0 in q_nope.shape:
+        raise ValueError(f"q_nope: got shape {q_nope.shape}, expected no empty axis")
     if 0 in ckv_cache.shape:
         raise ValueError(f"ckv_cache: got shape {ckv_cache.shape}, expected no empty axis")
     rope = q_pe.shape[-1]
-    _check_shape("q_pe", q_pe, (*q_nope.shape[:-1], rope), "[batch, tokens, heads, rope]")
+    _check_shape("q_pe", q_pe, (*q_nope.shape[:-1], rope), f"[{axes}, heads, rope]")
     if ckv_cache.shape[-1] != q_nope.shape[-1]:
         raise ValueError(
             f"ckv_cache: got shape {ckv_cache.shape}, expected a last axis of "
@@ -42,9 +45,11 @@ def check_paged(
         )
     pages = (*ckv_cache.shape[:2], rope)
     _check_shape("kpe_cache", kpe_cache, pages, "ckv_cache's pages and q_pe's rope")
-    batch = q_nope.shape[0]
-    _check_shape("start", start, (batch,), "one a request")
-    _check_shape("length", length, (batch,), "one a request")
+    batch = q_nope.shape[0] if leading == 2 else next(iter(per_request.values())).shape[0]
+    if batch == 0:
+        raise ValueError("start: got no request, expected at least one")
+    for name, array in per_request.items():
+        _check_shape(name, array, (batch,), "one a request")
     if page_ids.ndim != 1 or page_ids.shape[0] == 0:
         raise ValueError(f"page_ids: got shape {page_ids.shape}, expected a non-empty vector")
     dtype = q_nope.dtype
@@ -54,6 +59,6 @@ def check_paged(
     for name, array in named.items():
         if array.dtype != dtype:
             raise TypeError(f"{name}: got dtype {array.dtype}, expected {dtype}, q_nope's")
-    for name, array in {"page_ids": page_ids, "start": start, "length": length}.items():
+    for name, array in {"page_ids": page_ids, **per_request}.items():
         if array.dtype != jnp.int32:
             raise TypeError(f"{name}: got dtype {array.dtype}, expected int32")

@@ -1,5 +1,6 @@
 """The results files: what was measured, with what, on what."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+PEER_PACKAGES = ("torch", "sgl-flash-mla")
 
 
 def _commit() -> str:
@@ -28,22 +32,34 @@ def command() -> str:
     return shlex.join(["mla-jax", *words])
 
 
+def _versions() -> dict[str, str]:
+    """What runs, and the peers' packages where they are installed."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    for name in PEER_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
 def header() -> dict[str, Any]:
     """Command, versions, device and commit of this process."""
-    packages = ("jax", "jaxlib", "flax", "numpy")
     device = jax.devices()[0]
     return {
         "command": command(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": _versions(),
         "python": sys.version.split()[0],
         "device": device.device_kind,
         "commit": _commit(),
     }
 
 
+def document(rows: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+    """What a results file holds."""
+    return {**header(), **extra, "rows": rows}
+
+
 def write(path: Path, rows: list[dict[str, Any]], **extra: Any) -> None:
     """Write a results file whole: to a neighbour first, then renamed."""
-    document = {**header(), **extra, "rows": rows}
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.write_text(json.dumps(document(rows, **extra), indent=1) + "\n")
     temporary.replace(path)

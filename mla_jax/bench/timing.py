@@ -1,8 +1,9 @@
 """How a time is counted: many calls in one compiled program, bursts, the median."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,10 @@ from jaxtyping import Array
 
 CALLS = 20
 ROUNDS = 5
+BURST_SECONDS = 0.02
+
+Burst = Callable[[int], None]
+"""Queues that many runs of a program, then waits until they are done."""
 
 
 def chained(fn: Callable[..., Array], calls: int = CALLS) -> Callable[..., Array]:
@@ -42,6 +47,37 @@ def seconds_a_run(program: Callable[..., Any], *args: Any, burst: int = 5) -> fl
 def microseconds_a_call(fn: Callable[..., Array], x: Array, *rest: Any) -> float:
     """Device time of one call of `fn` within a chain of CALLS."""
     return seconds_a_run(chained(fn), x, *rest) / CALLS * 1e6
+
+
+def burst_of(program: Callable[..., Any], *args: Any) -> Burst:
+    """Bursts of a jitted program's runs."""
+
+    def burst(runs: int) -> None:
+        jax.block_until_ready([program(*args) for _ in range(runs)])
+
+    return burst
+
+
+def alternating_seconds(bursts: Sequence[Burst]) -> list[float]:
+    """Median over ROUNDS of each program's seconds a run, after warming up.
+
+    Bursts take turns, so that clocks and heat are the same for all; each lasts about BURST_SECONDS.
+    """
+    counts = []
+    for burst in bursts:
+        burst(1)
+        begin = time.perf_counter()
+        burst(2)
+        counts.append(max(1, math.ceil(2 * BURST_SECONDS / (time.perf_counter() - begin))))
+    rounds = []
+    for _ in range(ROUNDS):
+        seconds = []
+        for burst, count in zip(bursts, counts, strict=True):
+            begin = time.perf_counter()
+            burst(count)
+            seconds.append((time.perf_counter() - begin) / count)
+        rounds.append(seconds)
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 def compilations(jitted: Callable[..., Any]) -> int:

@@ -26,6 +26,7 @@ def diagnose(preset: str, page_size: int) -> dict:
     from pallas_kernels import expert_ffn, paged_decode, paged_prefill, routing
     from pallas_kernels.backend import explain
     from pallas_kernels.device import current_device
+    from pallas_kernels.paged_attention import PagedProblem
 
     config = find_preset(preset)
     mla = config.mla
@@ -35,15 +36,17 @@ def diagnose(preset: str, page_size: int) -> dict:
         "rope": mla.qk_rope_head_dim,
         "page_size": page_size,
         "dtype": config.dtype,
+        "batch": 1,
+        "num_ids": -(-config.max_seq_len // page_size),
     }
     problems = {
         "paged_decode": (
             paged_decode.BACKENDS,
-            paged_decode.DecodeProblem(batch=1, tokens=1, capacity=config.max_seq_len, **attention),
+            PagedProblem(op="paged_decode", tokens=1, **attention),
         ),
         "paged_prefill": (
             paged_prefill.BACKENDS,
-            paged_prefill.PrefillProblem(batch=1, tokens=512, **attention),
+            PagedProblem(op="paged_prefill", tokens=0, **attention),
         ),
     }
     if config.moe is not None:

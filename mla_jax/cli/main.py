@@ -1,4 +1,4 @@
-"""`mla-jax`: generate, bench, doctor, train-tiny."""
+"""`mla-jax`: generate, bench, tune, doctor, train-tiny."""
 
 import argparse
 import os
@@ -9,13 +9,13 @@ from rich.console import Console
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from mla_jax.cli import bench, doctor, generate, train_tiny
+    from mla_jax.cli import bench, doctor, generate, train_tiny, tune
 
     top = argparse.ArgumentParser(
         prog="mla-jax", description="Multi-head Latent Attention for JAX on GPUs."
     )
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, bench, doctor, train_tiny):
+    for module in (generate, bench, tune, doctor, train_tiny):
         module.add_parser(subparsers)
     return top
 

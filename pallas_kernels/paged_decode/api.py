@@ -4,10 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import Backend, choose, needs_gpu
+from pallas_kernels.batching import batchable
 from pallas_kernels.checks import check_paged
-from pallas_kernels.paged_decode import triton
+from pallas_kernels.paged_attention import PagedProblem, unsupported
 from pallas_kernels.paged_decode.reference import paged_decode_reference
-from pallas_kernels.paged_decode.tiles import DecodeProblem
+from pallas_kernels.paged_decode.triton import paged_decode_triton
 
 MAX_QUERY_TOKENS = 8
 
@@ -15,13 +16,13 @@ MAX_QUERY_TOKENS = 8
 BACKENDS = (
     Backend(
         name="triton",
-        run=triton.paged_decode_triton,
-        unsupported=triton.unsupported,
+        run=batchable("paged_decode", paged_decode_triton),
+        unsupported=unsupported,
         unfit=needs_gpu,
     ),
     Backend(
         name="reference",
-        run=lambda *args, num_splits, interpret: paged_decode_reference(*args),
+        run=lambda *args, num_splits, deterministic, interpret: paged_decode_reference(*args),
     ),
 )
 
@@ -37,6 +38,7 @@ def paged_decode(
     *,
     sm_scale: float | Float[Array, ""],
     num_splits: int | None = None,
+    deterministic: bool = False,
     backend: str | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "batch tokens heads latent"], Float[Array, "batch tokens heads"]]:
@@ -46,26 +48,33 @@ def paged_decode(
     the position length[b] - tokens + i and sees the keys at and before it. Scores are
     (q_nope ckv^T + q_pe kpe^T) * sm_scale in float32, the value is the latent itself. Ids may come
     in any order and be shared; ids beyond a request's last page and slots beyond its length are
-    never used, whatever they hold; ids out of range are clamped. A block table [B, max_pages] is
+    never used, whatever they hold; ids out of range are clamped. Two requests' stretches of
+    page_ids must not overlap. A block table [B, max_pages] is
     page_ids = table.ravel(), start = arange(B) * max_pages.
 
-    num_splits: blocks that share one request's keys; None follows the shapes. interpret: with
-    backend="triton", run the kernel's Python on any device.
+    num_splits: blocks that share one request's keys; None follows the lengths and the device's
+    cores. deterministic: a request's result is the same to the bit whatever else is in the batch.
+    interpret: with backend="triton", run the kernel's Python on any device.
     Returns out [batch, tokens, heads, latent] of q's dtype and the base-2 log-sum-exp
     [batch, tokens, heads] float32; a query without keys gives 0 and -inf.
     Errors: ValueError (shape), TypeError (dtype), NotImplementedError (backend, with the reason).
     """
-    check_paged(q_nope, q_pe, ckv_cache, kpe_cache, page_ids, start, length)
+    check_paged(
+        *(q_nope, q_pe, ckv_cache, kpe_cache, page_ids),
+        {"start": start, "length": length},
+        axes="batch, tokens",
+    )
     tokens = q_nope.shape[1]
     if not 1 <= tokens <= MAX_QUERY_TOKENS:
         raise ValueError(f"q_nope: got {tokens} query tokens, expected 1 to {MAX_QUERY_TOKENS}")
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"num_splits: got {num_splits}, expected None or at least 1")
-    problem = DecodeProblem.of(q_nope, q_pe, ckv_cache, page_ids)
+    problem = PagedProblem.of("paged_decode", q_nope, q_pe, ckv_cache, page_ids, q_nope.shape[0])
     chosen = choose("paged_decode", BACKENDS, problem, backend)
     return chosen.run(
         *(q_nope, q_pe, ckv_cache, kpe_cache, page_ids, start, length),
         jnp.asarray(sm_scale, jnp.float32),
         num_splits=num_splits,
+        deterministic=deterministic,
         interpret=interpret,
     )

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paged_prefill.reference import paged_prefill_reference
+from pallas_kernels.paged_attention import attend_pages_reference
 
 
 def paged_decode_reference(
@@ -17,6 +17,6 @@ def paged_decode_reference(
 ) -> tuple[Float[Array, "batch tokens heads latent"], Float[Array, "batch tokens heads"]]:
     """Decode is prefill whose queries are the last `tokens` positions of every request."""
     first = length - q_nope.shape[1]
-    return paged_prefill_reference(
+    return attend_pages_reference(
         q_nope, q_pe, ckv_cache, kpe_cache, page_ids, start, length, first, sm_scale
     )

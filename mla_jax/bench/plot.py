@@ -1,0 +1,69 @@
+"""A picture of paged decode's results: how near each shape comes to its floor, and its peers."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours, told apart without colour vision; lightness differs too.
+COLOURS = {"ours": "#0072B2", "flash-mla": "#E69F00", "page 64": "#56B4E9", "xla": "#999999"}
+BAR, GAP = 0.13, 0.13  # inches: a bar's height, and the space between shapes
+
+
+def check(path: Path) -> None:
+    """Before measuring: ImportError without matplotlib, ValueError for a name that is not .svg."""
+    if path.suffix != ".svg":
+        raise ValueError(f"plot: got {path.name}, expected a name that ends in .svg")
+    try:
+        import_module("matplotlib")
+    except ImportError:
+        raise ImportError("plot: needs matplotlib: pip install 'mla-jax[notebooks]'") from None
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Bars of floor time over measured time, by shape, from a results file's content, as an SVG.
+
+    1 is a kernel that moves or computes at the rates measured in the same run. Errors: `check`'s.
+    """
+    check(path)
+    import_module("matplotlib").use("agg")
+    plt = import_module("matplotlib.pyplot")
+    groups: dict[str, dict[str, float]] = {}
+    floors = {}
+    for row in document["rows"]:
+        # Each peer's row times ours anew: the first stands for it.
+        groups.setdefault(row["shape"], {"ours": row["ours_us"]})[row["peer"]] = row["peer_us"]
+        floors.setdefault(row["shape"], row["ours_us"] / row["times_floor"])
+
+    settings = {"svg.hashsalt": "paged", "svg.fonttype": "none", "font.size": 8}
+    with plt.rc_context(settings):
+        bars = sum(map(len, groups.values()))
+        height = BAR * bars + GAP * len(groups)
+        figure, axes = plt.subplots(figsize=(7, height + 1), layout="constrained")
+        top, ticks = 0.0, []
+        for shape, times in groups.items():
+            ticks.append(top + BAR * (len(times) - 1) / 2)
+            for name in sorted(times, key=list(COLOURS).index):
+                share = floors[shape] / times[name]
+                axes.barh(top, share, height=BAR * 0.9, color=COLOURS[name], label=name)
+                micros = times[name]
+                text = f"{micros:,.0f} µs" if micros >= 1000 else f"{micros:.3g} µs"
+                axes.text(share + 0.01, top, text, va="center", fontsize=6)
+                top += BAR
+            top += GAP
+        axes.set_yticks(ticks, list(groups))
+        axes.set_ylim(top, -GAP - BAR)
+        axes.set_xlim(0, 1.12)
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=0)
+        axes.set_xlabel("floor time / measured time (1: the device's own limit in the same run)")
+        axes.set_title(f"Paged decode attention, {document['device']}")
+        named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        figure.legend(
+            [named[name] for name in COLOURS if name in named],
+            [name for name in COLOURS if name in named],
+            loc="outside lower center",
+            ncols=len(COLOURS),
+            frameon=False,
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)

@@ -1,0 +1,61 @@
+"""What the blocks of a paged attention launch are told, as tables of small integers."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.schedule import SplitPlan
+
+
+class Units(NamedTuple):
+    """Query rows, int32 [units] each: a tile of one request's rows and the keys that they see.
+
+    The request's rows stand at base:base + rows of the flat queries, token-major and head-minor;
+    the unit's are those from `offset` on. Row i is the request's token i // heads and sees the
+    first seen + i // heads of the `length` keys in its pages, whose ids stand from first_id on.
+    Rows up to base + owned are padding: they see nothing, and are written as such.
+    """
+
+    base: Int[Array, " units"]
+    offset: Int[Array, " units"]
+    rows: Int[Array, " units"]
+    owned: Int[Array, " units"]
+    first_id: Int[Array, " units"]
+    length: Int[Array, " units"]
+    seen: Int[Array, " units"]
+
+
+class Work(NamedTuple):
+    """A plan as the kernels read it: everything about one segment, or one merge, in one row.
+
+    A block learns all that it needs to start from its row, so that no load waits for another.
+    """
+
+    segments: Int[Array, "segments 10"]  # first step, last + 1, slot or -1, the fields of Units
+    merges: Int[Array, "merges 5"]  # parts, first slot, the unit's base, offset and owned rows
+
+
+def pack(units: Units, plan: SplitPlan) -> Work:
+    """The tables of `plan` over `units`; a unit in one segment needs no slot and no merge."""
+    num_units, num_segments = units.base.shape[0], plan.unit.shape[0]
+    inside = jnp.minimum(plan.unit, num_units - 1)
+    busy = plan.unit < num_units
+    slot = jnp.where(plan.parts[inside] > 1, plan.slot, -1)
+    per_unit = jnp.stack(units, axis=1)[inside]
+    per_unit = jnp.where(busy[:, None], per_unit, 0)
+    # A split unit has at least two segments, which bounds how many there are.
+    most = num_segments // 2
+    split = jnp.arange(num_units, dtype=jnp.int32)
+    if num_units > most:
+        [split] = jnp.nonzero(plan.parts > 1, size=most, fill_value=num_units)
+        split = split.astype(jnp.int32)
+    merged = jnp.minimum(split, num_units - 1)
+    parts = jnp.where(split < num_units, plan.parts[merged], 0)
+    of_unit = (units.base[merged], units.offset[merged], units.owned[merged])
+    return Work(
+        segments=jnp.concatenate(
+            [jnp.stack([plan.begin, plan.end, slot], axis=1), per_unit], axis=1
+        ),
+        merges=jnp.stack([parts, plan.first_slot[merged], *of_unit], axis=1),
+    )
