@@ -7,7 +7,8 @@ from mla_jax.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from mla_jax.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig, presets
 from mla_jax.generate import generate
 from mla_jax.nn import MLA, Decoder, decode_step, prefill
-from mla_jax.paged import mla_paged_decode
+from mla_jax.paged import mla_paged_decode, mla_paged_prefill, mla_ragged_prefill
+from pallas_kernels.merge import merge_states
 
 __all__ = [
     "MLA",
@@ -23,7 +24,10 @@ __all__ = [
     "decode_step",
     "generate",
     "load_checkpoint",
+    "merge_states",
     "mla_paged_decode",
+    "mla_paged_prefill",
+    "mla_ragged_prefill",
     "nn",
     "prefill",
     "presets",

@@ -23,6 +23,17 @@ class PageView(NamedTuple):
     page: Int[Array, "batch tokens"]  # num_pages where nothing is written
     slot: Int[Array, "batch tokens"]
 
+    @property
+    def counts(self) -> Int[Array, " batch"]:
+        """How many tokens of each row are new, and written."""
+        return self.length - self.positions[:, 0]
+
+    @property
+    def row_starts(self) -> Int[Array, " batch"]:
+        """Where each row's tokens begin when all rows' stand one after the other."""
+        batch, tokens = self.positions.shape
+        return jnp.arange(batch, dtype=jnp.int32) * tokens
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)

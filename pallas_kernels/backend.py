@@ -64,6 +64,13 @@ def choose(op: str, backends: Sequence[Backend], problem: Any, name: str | None)
     )
 
 
+def supports(backends: Sequence[Backend], problem: Any, name: str | None) -> bool:
+    """Whether the backend `name` can do `problem`; None, which picks any, always can."""
+    return name is None or any(
+        backend.name == name and backend.unsupported(problem) is None for backend in backends
+    )
+
+
 def explain(backends: Sequence[Backend], problem: Any, device: Device) -> dict[str, str | None]:
     """For each backend, None if `problem` can run on `device`, else the reason why not."""
     return {b.name: b.unfit(device) or b.unsupported(problem) for b in backends}

@@ -1,7 +1,7 @@
-"""What vmap and autodiff do with the paged kernels, whose operands lie whole in device memory.
+"""What vmap and autodiff do with the paged kernels.
 
-A `pallas_call` cannot be mapped over such operands by itself. A mapped axis joins the requests
-instead: one launch serves all calls, and its plan cuts their keys as those of one batch.
+By itself, vmap would give every call a plan that fills the device, and scratch to match. Here the
+mapped axis joins the requests: one launch serves all calls, and one plan cuts all of their keys.
 """
 
 import functools

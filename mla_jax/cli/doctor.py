@@ -4,6 +4,8 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
+from typing import Any
 
 PACKAGES = ("mla-jax", "jax", "jaxlib", "flax", "numpy", "jaxtyping", "safetensors", "tokenizers")
 
@@ -24,7 +26,7 @@ def diagnose(preset: str, page_size: int) -> dict:
 
     from mla_jax.cli import find_preset
     from pallas_kernels import expert_ffn, paged_decode, paged_prefill, routing
-    from pallas_kernels.backend import explain
+    from pallas_kernels.backend import Backend, explain
     from pallas_kernels.device import current_device
     from pallas_kernels.paged_attention import PagedProblem
 
@@ -39,7 +41,7 @@ def diagnose(preset: str, page_size: int) -> dict:
         "batch": 1,
         "num_ids": -(-config.max_seq_len // page_size),
     }
-    problems = {
+    problems: dict[str, tuple[Sequence[Backend], Any]] = {
         "paged_decode": (
             paged_decode.BACKENDS,
             PagedProblem(op="paged_decode", tokens=1, **attention),

@@ -139,8 +139,8 @@ def prefill(
     tokens: int32, padded on the right; row b brings counts[b] of them (None: all S), at the
     positions after those it already has, so long prompts can come in chunks. A row that brings
     none is left as it is, and its logits mean nothing. Pages must be in the block table first.
-    Attention here is the reference's whatever `backend` says, which the experts follow: prefill
-    has no other yet. Jit with the cache donated. Errors: ValueError for shapes that do not match
+    Few tokens attend in the latent space, many with full keys and values (`MLA.expands`), whichever
+    is less arithmetic. Jit with the cache donated. Errors: ValueError for shapes that do not match
     the cache, NotImplementedError for a backend that cannot run the model.
     """
     batch, width = tokens.shape

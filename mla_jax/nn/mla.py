@@ -1,6 +1,6 @@
 """Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434), over three kinds of cache."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,17 @@ from mla_jax.config import MLAConfig
 from mla_jax.nn.linear import MODEL_AXIS, Linear, einsum
 from mla_jax.nn.norm import RMSNorm
 from mla_jax.rope import apply_rotary, rotation
+from pallas_kernels.backend import supports
+from pallas_kernels.causal_prefill import BACKENDS, CausalProblem, causal_prefill
+from pallas_kernels.merge import merge_states
 from pallas_kernels.paged_decode import paged_decode
 from pallas_kernels.paged_prefill import paged_prefill
 
 Rotation = tuple[Array, Array]
 AttnImpl = Literal["naive", "absorb"]
+
+CONTEXT_TOKENS = 8192
+"""Cached tokens, of all rows together, whose keys and values exist at a time in a prefill."""
 
 
 class MLA(nnx.Module):
@@ -143,19 +149,114 @@ class MLA(nnx.Module):
         batch, tokens, _ = x.shape
         q_nope, q_pe, ckv, kpe = self.project(x, rope)
         ckv_pool, kpe_pool = write_pages(ckv_pool, view, ckv), write_pages(kpe_pool, view, kpe)
-        pages = (ckv_pool, kpe_pool, view.page_ids, view.start, view.length)
-        scale = self.config.softmax_scale
-        q_latent = self.absorb_query(q_nope)
-        if tokens == 1:
-            out, _ = paged_decode(
-                q_latent, q_pe, *pages, sm_scale=scale, backend=backend, interpret=interpret
-            )
+        kernel = {
+            "sm_scale": self.config.softmax_scale,
+            "backend": backend,
+            "interpret": interpret,
+        }
+        if tokens > 1 and self.expands(tokens) and self._has_expanded(backend):
+            out = self._prefill_expanded(q_nope, q_pe, ckv, kpe, ckv_pool, kpe_pool, view, kernel)
         else:
-            # Decode alone has other backends so far: a choice of one is no choice for prefill.
-            first = view.positions[:, 0]
-            out, _ = paged_prefill(q_latent, q_pe, *pages, first, sm_scale=scale)
-        out = self.wo(self.expand_values(out).reshape(batch, tokens, -1))
-        return out, ckv_pool, kpe_pool
+            out = self._attend_pages(q_nope, q_pe, ckv_pool, kpe_pool, view, kernel)
+        return self.wo(out.reshape(batch, tokens, -1)), ckv_pool, kpe_pool
+
+    def expands(self, tokens: int) -> bool:
+        """Whether so many queries a row cost less with full keys and values than in the latent.
+
+        Counts multiplications a key: expanding it costs once what its narrower products save with
+        each query. That is from 171 queries on at DeepSeek's sizes.
+        """
+        c = self.config
+        latent, value = c.kv_lora_rank, c.v_head_dim
+        saved = 2 * latent + c.qk_rope_head_dim - c.qk_head_dim - value
+        return tokens * saved > latent * (c.qk_nope_head_dim + value)
+
+    def _has_expanded(self, backend: str | None) -> bool:
+        """Whether `backend` takes heads of these widths: all have the latent form, at least."""
+        c = self.config
+        problem = CausalProblem(
+            batch=1,
+            tokens=1,
+            keys=1,
+            heads=c.n_heads,
+            width=c.qk_head_dim,
+            value_width=c.v_head_dim,
+            dtype=c.dtype,
+            causal=True,
+        )
+        return supports(BACKENDS, problem, backend)
+
+    def _attend_pages(
+        self,
+        q_nope: Array,
+        q_pe: Array,
+        ckv_pool: Array,
+        kpe_pool: Array,
+        view: PageView,
+        kernel: dict[str, Any],
+    ) -> Float[Array, "batch tokens heads value"]:
+        """Attention over all pages in the latent space: decode, and prefill of few tokens."""
+        tokens = q_nope.shape[1]
+        q_latent = self.absorb_query(q_nope)
+        pages = (ckv_pool, kpe_pool, view.page_ids, view.start, view.length)
+        if tokens == 1:
+            out, _ = paged_decode(q_latent, q_pe, *pages, **kernel)
+        else:
+            out, _ = paged_prefill(
+                *(jax.lax.collapse(q_latent, 0, 2), jax.lax.collapse(q_pe, 0, 2)),
+                *(*pages, view.row_starts, view.counts),
+                max_count=tokens,
+                **kernel,
+            )
+        return self.expand_values(out.reshape(q_latent.shape))
+
+    def _prefill_expanded(
+        self,
+        q_nope: Array,
+        q_pe: Array,
+        ckv: Array,
+        kpe: Array,
+        ckv_pool: Array,
+        kpe_pool: Array,
+        view: PageView,
+        kernel: dict[str, Any],
+    ) -> Float[Array, "batch tokens heads value"]:
+        """Attention with full keys and values: over the new tokens, then over those cached before.
+
+        The cached ones are expanded a block at a time, and the results merged by their
+        log-sum-exp; the loop runs as often as the longest row needs.
+        """
+        batch, tokens = q_nope.shape[:2]
+        num_pages, page_size = ckv_pool.shape[:2]
+        rows = view.row_starts
+        q = jnp.concatenate([q_nope, q_pe], axis=-1)
+        q = q.reshape(batch * tokens, *q.shape[2:])
+
+        def attend(ckv: Array, kpe: Array, kv_count: Array, causal: bool) -> tuple[Array, Array]:
+            time = ckv.shape[1]
+            k, v = (x.reshape(batch * time, *x.shape[2:]) for x in self.expand(ckv, kpe))
+            kv_start = jnp.arange(batch, dtype=jnp.int32) * time
+            ranges = rows, view.counts, kv_start, kv_count
+            return causal_prefill(q, k, v, *ranges, causal=causal, **kernel)
+
+        cached = view.length - view.counts
+        pages = max(1, CONTEXT_TOKENS // (batch * page_size))
+        block = pages * page_size
+
+        def context(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            slots = view.start[:, None] + i * pages + jnp.arange(pages, dtype=jnp.int32)
+            ids = view.page_ids[jnp.clip(slots, 0, view.page_ids.shape[0] - 1)]
+            ids = jnp.clip(ids, 0, num_pages - 1)
+            ckv, kpe = (
+                pool[ids].reshape(batch, block, -1).astype(q.dtype) for pool in (ckv_pool, kpe_pool)
+            )
+            count = jnp.clip(cached - i * block, 0, block)
+            return merge_states(*state, *attend(ckv, kpe, count, causal=False))
+
+        state = attend(ckv, kpe, view.counts, causal=True)
+        blocks = (cached.max() + block - 1) // block
+        out, _ = jax.lax.fori_loop(jnp.int32(0), blocks, context, state)
+        return out.reshape(batch, tokens, *out.shape[1:])
 
     def project(
         self, x: Float[Array, "batch tokens dim"], rope: Rotation

@@ -34,9 +34,9 @@ from pallas_kernels.causal_prefill.tiles import (
     choose_tiles,
     plan_query_tiles,
 )
-from pallas_kernels.exponential import LOG2_E, NEG_INF, exp2
 from pallas_kernels.causal_prefill.triton_backward import causal_prefill_backward
 from pallas_kernels.device import current_device
+from pallas_kernels.exponential import LOG2_E, NEG_INF, exp2
 
 
 def _forward_kernel(

@@ -232,6 +232,8 @@ def attend_pages(
         interpret=interpret,
         name="mla_paged_attention",
     )(*args)
+    if work.merges.shape[0] == 0:  # a single segment
+        return out, lse
     return merge_parts(
         out,
         lse,

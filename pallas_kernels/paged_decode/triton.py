@@ -31,17 +31,18 @@ def plan_splits(
     """Who reads which keys: by all lengths, or, for a fixed rounding, by each request's own."""
     batch = problem.batch
     steps = (jnp.maximum(length, 0) + tiles.keys - 1) // tiles.keys
-    most_steps = -(-problem.num_ids * problem.page_size // tiles.keys) + batch
+    most_steps = -(-problem.num_ids * problem.page_size // tiles.keys)
     if num_splits is not None:
         share = jnp.maximum((steps + num_splits - 1) // num_splits, 1)
         return plan_segments(steps, share, batch * num_splits)
     if deterministic:
         share = jnp.maximum((steps + MOST_PARTS - 1) // MOST_PARTS, FEWEST_STEPS)
-        most = min(most_steps // FEWEST_STEPS + batch, batch * MOST_PARTS)
+        # Requests have ids of their own, so all ids bound the tokens of all requests.
+        most = min((most_steps + batch) // FEWEST_STEPS + batch, batch * MOST_PARTS)
         return plan_segments(steps, share, most)
     workers = choose_workers(tiles, device, -(-problem.rows // tiles.rows))
     share = balanced_share(steps, workers)
-    return plan_segments(steps, share, min(most_segments(batch, workers), most_steps))
+    return plan_segments(steps, share, min(most_segments(batch, workers), batch * most_steps))
 
 
 def paged_decode_triton(

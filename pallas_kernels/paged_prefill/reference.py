@@ -24,9 +24,13 @@ def paged_prefill_reference(
     tokens = q_nope.shape[0]
     index = jnp.arange(max_count)
     rows = jnp.where(index < q_count[:, None], q_start[:, None] + index, tokens)  # [B, S]
-    padded = (q.at[rows].get(mode="fill", fill_value=0) for q in (q_nope, q_pe))
+
+    def padded(q: Array) -> Array:
+        return q.at[rows].get(mode="fill", fill_value=0)
+
     out, lse = attend_pages_reference(
-        *padded, ckv_cache, kpe_cache, page_ids, start, length, length - q_count, sm_scale
+        *(padded(q_nope), padded(q_pe), ckv_cache, kpe_cache),
+        *(page_ids, start, length, length - q_count, sm_scale),
     )
     return (
         jnp.zeros_like(q_nope).at[rows].set(out, mode="drop"),

@@ -56,16 +56,12 @@ def plan_segments(
     first_slot = past - parts
     begin = (slot - first_slot[inside]) * length[inside]
     end = jnp.minimum(begin + length[inside], steps[inside])
-    # A block that starts late must not be long: the launch would wait for it.
-    order = jnp.argsort(jnp.where(unit < steps.shape[0], begin - end, 1), stable=True)
-    return SplitPlan(
-        unit=unit[order],
-        begin=begin[order],
-        end=end[order],
-        slot=slot[order],
-        first_slot=first_slot,
-        parts=parts,
-    )
+    made = unit, begin, end, slot
+    if steps.shape[0] > 1:
+        # A block that starts late must not be long: the launch would wait for it.
+        order = jnp.argsort(jnp.where(unit < steps.shape[0], begin - end, 1), stable=True)
+        made = tuple(array[order] for array in made)
+    return SplitPlan(*made, first_slot=first_slot, parts=parts)
 
 
 def most_segments(units: int, workers: int) -> int:

@@ -4,10 +4,13 @@ Lowering runs the Triton front end: primitives that it lacks, sizes that are no 
 types that do not fit are found here. Only shapes are made, so that a big model costs nothing.
 """
 
+import functools
 import itertools
 import re
+from pathlib import Path
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -16,8 +19,13 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from mla_jax import Decoder, ModelConfig, MoEConfig, PagedLatentCache, decode_step, presets
 from mla_jax.config import MLAConfig
+from pallas_kernels import tuning
 from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.paged_attention import PagedTiles
 from pallas_kernels.paged_decode import paged_decode
+from pallas_kernels.paged_decode.triton import paged_decode_triton
+from pallas_kernels.paged_prefill import paged_prefill
+from pallas_kernels.paged_prefill.triton import paged_prefill_triton
 from pallas_kernels.routing import RoutingRule, route
 
 TRITON_CALL = re.compile(r'custom_call @__gpu\$xla\.gpu\.triton\(.*\bname = "(\w+)"')
@@ -36,36 +44,111 @@ def kernels(function, *args) -> list[str]:
     return TRITON_CALL.findall(lowered.as_text())
 
 
-def paged_shapes(heads: int, page_size: int, tokens: int, dtype: str, batch: int = 4):
-    def ints(size: int) -> Shape:
-        return Shape((size,), jnp.int32)
+PAGED = ["mla_paged_attention", "mla_paged_merge"]
+PAGE_SIZES = [1, 16, 32, 64, 128, 256]
+HEADS = [1, 2, 4, 8, 16, 32, 64, 128]
 
+
+def ints(size: int) -> Shape:
+    return Shape((size,), jnp.int32)
+
+
+def paged_shapes(
+    heads: int,
+    page_size: int,
+    tokens: int,
+    dtype: str = "bfloat16",
+    *,
+    batch: int = 4,
+    latent: int = 512,
+    rope: int = 64,
+):
+    """Those of a decode call, or, without `tokens` of each request, of a prefill call."""
+    rows = (batch, tokens) if tokens else (300,)
     return (
-        Shape((batch, tokens, heads, 512), dtype),
-        Shape((batch, tokens, heads, 64), dtype),
-        Shape((1000, page_size, 512), dtype),
-        Shape((1000, page_size, 64), dtype),
+        Shape((*rows, heads, latent), dtype),
+        Shape((*rows, heads, rope), dtype),
+        Shape((1000, page_size, latent), dtype),
+        Shape((1000, page_size, rope), dtype),
         *(ints(batch * 64), ints(batch), ints(batch)),
+        *(() if tokens else (ints(batch), ints(batch))),
     )
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
-def test_paged_decode(heads, page_size):
+def paged_kernels(*shapes, **options) -> list[str]:
     """Nobody names Triton here: on a GPU it is what a call gets."""
-    for dtype, tokens in itertools.product(("float32", "bfloat16", "float16"), (1, 4)):
-        shapes = paged_shapes(heads, page_size, tokens, dtype)
-        names = kernels(lambda *args: paged_decode(*args, sm_scale=0.07), *shapes)
-        assert names[0] == "mla_paged_decode"
+    op = paged_decode if len(shapes) == 7 else paged_prefill
+    return kernels(lambda *args: op(*args, sm_scale=0.07, **options), *shapes)
+
+
+# Decode of 1 to 8 tokens, and prefill, which has 0; a sample of the other sizes with each.
+@pytest.mark.parametrize("tokens", range(9))
+def test_paged(rng, tokens):
+    for dtype, page_size in itertools.product(("float32", "bfloat16", "float16"), PAGE_SIZES):
+        latent, rope = int(rng.choice([256, 512])), int(rng.choice([0, 32, 64]))
+        heads = int(rng.choice(HEADS))
+        shapes = paged_shapes(heads, page_size, tokens, dtype, latent=latent, rope=rope)
+        deterministic = bool(rng.integers(2))
+        assert paged_kernels(*shapes, deterministic=deterministic) == PAGED, shapes
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_paged_heads(heads):
+    for tokens in (0, 1):
+        assert paged_kernels(*paged_shapes(heads, 64, tokens)) == PAGED
+
+
+@pytest.mark.parametrize("latent", [16, 256, 512])
+@pytest.mark.parametrize("rope", [0, 32, 64])
+def test_paged_widths(latent, rope):
+    for tokens in (0, 1):
+        assert paged_kernels(*paged_shapes(16, 64, tokens, latent=latent, rope=rope)) == PAGED
 
 
 @pytest.mark.parametrize("num_splits", [1, 3, 64])
 def test_paged_decode_splits(num_splits):
-    def run(*args):
-        return paged_decode(*args, sm_scale=0.07, num_splits=num_splits)
+    shapes = paged_shapes(16, 64, 1)
+    assert paged_kernels(*shapes, num_splits=num_splits) == PAGED
 
-    merge = ["mla_merge"] if num_splits > 1 else []
-    assert kernels(run, *paged_shapes(16, 64, 1, "bfloat16")) == ["mla_paged_decode", *merge]
+
+def test_one_segment_needs_no_merge():
+    assert paged_kernels(*paged_shapes(16, 64, 1, batch=1), num_splits=1) == PAGED[:1]
+
+
+TABLES = sorted(Path(tuning.__file__).with_name("tuned").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=[path.stem for path in TABLES])
+def test_tuned_paged_tiles(path):
+    """Each entry of a shipped table, at its own key."""
+    for entry in tuning.read_table(path):
+        decode = entry["op"] == "paged_decode"
+        run = paged_decode_triton if decode else paged_prefill_triton
+        rest = {"num_splits": None} if decode else {"max_count": 300}
+        tokens = entry["rows"] // entry["heads"] if decode else 0
+        call = functools.partial(
+            run,
+            sm_scale=jnp.float32(0.07),
+            deterministic=False,
+            interpret=False,
+            tiles=PagedTiles(**entry["tiles"]),
+            **rest,
+        )
+        shapes = paged_shapes(entry["heads"], entry["page_size"], tokens, entry["dtype"])
+        assert kernels(call, *shapes) == PAGED, entry
+
+
+def test_export():
+    """The kernel's custom call is one that an export has to allow."""
+    exporting = functools.partial(jax.export.export, platforms=["cuda"])
+    run = jax.jit(lambda *args: paged_decode(*args, sm_scale=0.07))
+    shapes = paged_shapes(16, 64, 1)
+    with pytest.raises(ValueError, match=r"gpu\.triton"):
+        exporting(run)(*shapes)
+    allowed = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    exported = exporting(run, disabled_checks=[allowed])(*shapes)
+    assert TRITON_CALL.findall(exported.mlir_module()) == PAGED
+    assert [aval.shape for aval in exported.out_avals] == [(4, 1, 16, 512), (4, 1, 16)]
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 128])
@@ -120,5 +203,5 @@ def test_decode_step(batch):
         return decode_step(nnx.merge(definition, weights), tokens, cache)
 
     names = kernels(step, weights, Shape((batch,), jnp.int32), cache)
-    assert names.count("mla_paged_decode") == config.n_layers
+    assert names.count("mla_paged_attention") == config.n_layers
     assert names[-3:] == ["moe_route", "moe_hidden", "moe_output"]

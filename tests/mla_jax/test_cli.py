@@ -90,6 +90,8 @@ def test_shipped_model_is_small_and_whole():
         (["doctor", "--preset", "gpt"], "preset: got 'gpt'"),
         (["bench", "decode-step", "--preset", "gpt"], "preset: got 'gpt'"),
         (["bench", "decode-step", "--json", "/no/such/folder/x.json"], "is not a folder"),
+        (["bench", "prefill", "--json", "/no/such/folder/x.json"], "is not a folder"),
+        (["tune"], "tune: needs a GPU"),
         (["polish"], "invalid choice: 'polish'"),
     ],
 )

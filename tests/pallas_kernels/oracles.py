@@ -114,13 +114,106 @@ def paged_attention(case: PagedCase, sm_scale: float) -> tuple[np.ndarray, np.nd
     for b, length in enumerate(np.asarray(case.length)):
         pages = page_ids[start[b] :][: -(-length // page_size)]
         keys = float64(case.ckv_cache)[pages].reshape(-1, latent)
-        rope = float64(case.kpe_cache)[pages].reshape(-1, q_pe.shape[-1])
+        rope = float64(case.kpe_cache)[pages].reshape(len(keys), q_pe.shape[-1])
         for i in range(tokens):
             seen = max(length - tokens + i + 1, 0)
             if seen == 0:
                 continue
             scores = q_nope[b, i] @ keys[:seen].T + q_pe[b, i] @ rope[:seen].T
             out[b, i], lse[b, i] = softmax_sum(scores * sm_scale, keys[:seen])
+    return out, lse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillCase:
+    """The arrays of a `paged_prefill` call; rows of q in no request are NaN."""
+
+    q_nope: jax.Array
+    q_pe: jax.Array
+    ckv_cache: jax.Array
+    kpe_cache: jax.Array
+    page_ids: jax.Array
+    start: jax.Array
+    length: jax.Array
+    q_start: jax.Array
+    q_count: jax.Array
+
+    @property
+    def args(self) -> tuple[jax.Array, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def make_prefill(
+    rng: np.random.Generator,
+    sizes: list[tuple[int, int]],
+    *,
+    page_size: int,
+    heads: int,
+    latent: int = 64,
+    rope: int = 16,
+    dtype: str = "float32",
+    total: int | None = None,
+    num_pages: int | None = None,
+    num_ids: int | None = None,
+) -> PrefillCase:
+    """Requests of (n queries, m keys), gaps of padding between their queries and at the end.
+
+    `total`, `num_pages` and `num_ids` fix the shapes, for calls that must not compile again.
+    """
+    counts = [n for n, _ in sizes]
+    paged = make_paged(
+        rng,
+        lengths=tuple(m for _, m in sizes),
+        page_size=page_size,
+        heads=heads,
+        latent=latent,
+        rope=rope,
+        dtype=dtype,
+        num_pages=num_pages,
+        num_ids=num_ids,
+    )
+    gaps = rng.integers(0, 3, len(sizes))
+    gaps[0] = 0  # q_start ascends from 0
+    q_start = np.cumsum(gaps + np.asarray([0, *counts[:-1]]))
+    used = np.concatenate([a + np.arange(n) for a, n in zip(q_start, counts, strict=True)])
+    total = total or int(q_start[-1] + counts[-1] + 2)
+
+    def rows(width: int) -> jax.Array:
+        x = np.full((total, heads, width), np.nan)
+        x[used] = rng.standard_normal((len(used), heads, width))
+        return jnp.asarray(x, dtype)
+
+    pools = {field: getattr(paged, field) for field in ("ckv_cache", "kpe_cache", "page_ids")}
+    return PrefillCase(
+        q_nope=rows(latent),
+        q_pe=rows(rope),
+        **pools,
+        start=paged.start,
+        length=paged.length,
+        q_start=jnp.asarray(q_start, jnp.int32),
+        q_count=jnp.asarray(counts, jnp.int32),
+    )
+
+
+def prefill_attention(case: PrefillCase, sm_scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """(out, base-2 lse): query i of n sees the keys j <= m - n + i; 0 and -inf where none."""
+    q_nope, q_pe = float64(case.q_nope), float64(case.q_pe)
+    latent, page_size = q_nope.shape[-1], case.ckv_cache.shape[1]
+    ckv, kpe, page_ids = float64(case.ckv_cache), float64(case.kpe_cache), np.asarray(case.page_ids)
+    out = np.zeros(q_nope.shape)
+    lse = np.full(q_nope.shape[:2], -np.inf)
+    for ids, m, row, n in zip(*(np.asarray(array) for array in case.args[5:]), strict=True):
+        pages = page_ids[ids:][: -(-m // page_size)]
+        keys = ckv[pages].reshape(-1, latent)[:m]
+        rope = kpe[pages].reshape(len(pages) * page_size, q_pe.shape[-1])[:m]
+        blind = min(max(n - m, 0), n) if m else n
+        if n == blind:
+            continue
+        rows = slice(row + blind, row + n)
+        scores = (q_nope[rows] @ keys.T + q_pe[rows] @ rope.T) * sm_scale
+        hidden = np.arange(m) > np.arange(m - n + blind, m)[:, None]
+        scores = np.where(hidden[:, None], -np.inf, scores)
+        out[rows], lse[rows] = softmax_sum(scores, keys)
     return out, lse
 
 

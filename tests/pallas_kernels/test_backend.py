@@ -9,7 +9,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.backend import Backend, choose, explain, needs_gpu
 from pallas_kernels.device import Device, current_device
-from pallas_kernels.paged_decode import BACKENDS, DecodeProblem
+from pallas_kernels.paged_attention import PagedProblem
+from pallas_kernels.paged_decode import BACKENDS
 from pallas_kernels.paged_prefill import BACKENDS as PREFILL_BACKENDS
 
 H200 = Device(platform="gpu", kind="NVIDIA H200", num_cores=132)
@@ -120,33 +121,36 @@ class TestChoose:
         with pytest.raises(NotImplementedError, match=r"^op: no backend can run 3; see explain"):
             choose("op", (FAST,), 3, None)
 
-    def test_prefill_has_no_triton(self):
-        text = "^backend 'triton' has no paged_prefill: it has reference$"
-        with pytest.raises(NotImplementedError, match=text):
-            choose("paged_prefill", PREFILL_BACKENDS, None, "triton")
+
+def problem(latent: int = 512, rope: int = 64) -> PagedProblem:
+    q_nope, q_pe = jnp.zeros((1, 1, 16, latent)), jnp.zeros((1, 1, 16, rope))
+    pool = jnp.zeros((9, 1, latent))
+    return PagedProblem.of("paged_decode", q_nope, q_pe, pool, jnp.zeros(9, jnp.int32), 1)
 
 
-def problem(page_size: int = 64, latent: int = 512) -> DecodeProblem:
-    q_nope, q_pe = jnp.zeros((1, 1, 16, latent)), jnp.zeros((1, 1, 16, 64))
-    return DecodeProblem.of(
-        q_nope, q_pe, jnp.zeros((9, page_size, latent)), jnp.zeros(9, jnp.int32)
-    )
-
-
+@pytest.mark.parametrize("backends", [BACKENDS, PREFILL_BACKENDS], ids=["decode", "prefill"])
 class TestExplain:
-    def test_on_a_gpu(self):
-        assert explain(BACKENDS, problem(), H200) == {"triton": None, "reference": None}
+    def test_on_a_gpu(self, backends):
+        assert explain(backends, problem(), H200) == {"triton": None, "reference": None}
+        assert explain(backends, problem(rope=0), H200)["triton"] is None
 
-    def test_on_a_cpu(self):
-        reasons = explain(BACKENDS, problem(), CPU)
+    def test_on_a_cpu(self, backends):
+        reasons = explain(backends, problem(), CPU)
         assert reasons == {"triton": "needs a GPU, this is a cpu (cpu)", "reference": None}
 
-    def test_unsupported(self):
-        reason = explain(BACKENDS, problem(page_size=8), H200)["triton"]
-        assert reason == "page size is 8, the kernel needs a power of two from 16"
+    @pytest.mark.parametrize(
+        ("sizes", "reason"),
+        [
+            ({"latent": 48}, "latent is 48, the Triton lowering needs a power of two from 16"),
+            ({"rope": 8}, "rope is 8, the Triton lowering needs a power of two from 16"),
+            ({"latent": 1024}, "latent is 1024, a tile holds at most 512"),
+        ],
+    )
+    def test_unsupported(self, backends, sizes, reason):
+        assert explain(backends, problem(**sizes), H200)["triton"] == reason
 
-    def test_none_never_picks_what_explain_refuses(self):
-        for sizes in ({}, {"latent": 48}, {"page_size": 1}):
+    def test_none_never_picks_what_explain_refuses(self, backends):
+        for sizes in ({}, {"latent": 48}, {"rope": 0}):
             with abstract():
-                chosen = choose("paged_decode", BACKENDS, problem(**sizes), None)
-                assert explain(BACKENDS, problem(**sizes), current_device())[chosen.name] is None
+                chosen = choose("op", backends, problem(**sizes), None)
+                assert explain(backends, problem(**sizes), current_device())[chosen.name] is None
