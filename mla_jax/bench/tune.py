@@ -36,8 +36,14 @@ LONG_CALLS = 4
 
 # By rows: keys, warps, stages, blocks a core, whether to mask all steps.
 PAGED = {
-    16: ((64, 4, 3, 1, False), (64, 4, 3, 1, True), (32, 4, 3, 2, True)),
-    32: ((64, 4, 2, 2, True), (64, 8, 3, 1, False)),
+    16: (
+        (64, 4, 3, 1, False),
+        (64, 4, 3, 1, True),
+        (32, 4, 3, 2, False),
+        (32, 4, 3, 2, True),
+        (64, 4, 2, 2, True),
+    ),
+    32: ((64, 4, 2, 2, True), (64, 4, 2, 2, False), (64, 8, 3, 1, False), (64, 8, 3, 1, True)),
     64: ((64, 8, 2, 1, False), (64, 8, 2, 1, True)),
 }
 # Rows, keys, warps, stages.
@@ -53,8 +59,13 @@ CAUSAL = (
 
 
 def paged_candidates(rows: int) -> list[PagedTiles]:
-    """The few for `rows` queries (0: many) that were ever fastest on a Hopper GPU."""
-    heights = (16,) if 0 < rows <= 16 else (32,) if 0 < rows <= 32 else (32, 64)
+    """Five to seven for `rows` queries (0: many), of the heights that could serve."""
+    if 0 < rows <= 16:
+        heights = {16: PAGED[16]}
+    elif 0 < rows <= 32:
+        heights = {32: PAGED[32], 16: PAGED[16][:2]}
+    else:
+        heights = {64: PAGED[64], 32: PAGED[32], 16: PAGED[16][:1]}
     return [
         PagedTiles(
             rows=height,
@@ -64,8 +75,8 @@ def paged_candidates(rows: int) -> list[PagedTiles]:
             blocks_per_core=blocks,
             mask_all=mask_all,
         )
-        for height in heights
-        for keys, warps, stages, blocks, mask_all in PAGED[height]
+        for height, choices in heights.items()
+        for keys, warps, stages, blocks, mask_all in choices
     ]
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Self
 
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from pallas_kernels.device import Device
 from pallas_kernels.tuning import tuned
@@ -105,3 +106,11 @@ def choose_workers(tiles: PagedTiles, device: Device, row_blocks: int) -> int:
     """How many segments run at a time, each of them `row_blocks` blocks."""
     cores = device.num_cores or DEFAULT_CORES
     return max(1, cores * tiles.blocks_per_core // row_blocks)
+
+
+def clip_length(
+    length: Int[Array, " batch"], start: Int[Array, " batch"], problem: PagedProblem
+) -> Int[Array, " batch"]:
+    """Lengths that the ids can hold: garbage in traced ones must not lead outside the arrays."""
+    ids = jnp.clip(problem.num_ids - jnp.clip(start, 0, problem.num_ids), 1)
+    return jnp.clip(length, 0, ids * problem.page_size)

@@ -193,6 +193,7 @@ def attend_pages(
     sm_scale: Float[Array, ""],
     work: Work,
     *,
+    slots: int,
     heads: int,
     row_blocks: int,
     tiles: PagedTiles,
@@ -201,7 +202,8 @@ def attend_pages(
 ) -> tuple[Float[Array, "rows latent"], Float[Array, " rows"]]:
     """(out, base-2 lse) of every row that belongs to a unit; the rest is not written.
 
-    A unit has up to row_blocks * tiles.rows rows; each tile of them is a block of its own.
+    A unit has up to row_blocks * tiles.rows rows; each tile of them is a block of its own. slots:
+    as many as the parts of split units, at most.
     """
     rows, latent = q_nope.shape
     if rows < tiles.rows:
@@ -213,7 +215,7 @@ def attend_pages(
     pools = (ckv_cache, kpe_cache) if rope else (ckv_cache,)
     args = (q_nope, *with_rope, *pools, page_ids, sm_scale.reshape(1), work.segments)
     slot_rows = row_blocks * tiles.rows
-    scratch = segments * slot_rows
+    scratch = max(slots, 1) * slot_rows
     whole = pl.BlockSpec(memory_space=pl.ANY)
     out, lse, part, part_lse = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, heads=heads, rope=rope, interpret=interpret),
@@ -232,7 +234,7 @@ def attend_pages(
         interpret=interpret,
         name="mla_paged_attention",
     )(*args)
-    if work.merges.shape[0] == 0:  # a single segment
+    if slots == 0:  # as many segments as units: none is split
         return out, lse
     return merge_parts(
         out,

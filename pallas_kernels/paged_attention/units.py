@@ -36,19 +36,30 @@ class Work(NamedTuple):
     merges: Int[Array, "merges 5"]  # parts, first slot, the unit's base, offset and owned rows
 
 
+def most_slots(segments: int, units: int) -> int:
+    """A bound on the segments that are parts of split units.
+
+    Every unit has one segment, so the split ones' others are among the rest; of two or more parts
+    at most half is the first.
+    """
+    return min(segments, 2 * (segments - units))
+
+
 def pack(units: Units, plan: SplitPlan) -> Work:
-    """The tables of `plan` over `units`; a unit in one segment needs no slot and no merge."""
+    """The tables of `plan` over `units`; only the parts of split units have scratch slots."""
     num_units, num_segments = units.base.shape[0], plan.unit.shape[0]
     inside = jnp.minimum(plan.unit, num_units - 1)
     busy = plan.unit < num_units
-    slot = jnp.where(plan.parts[inside] > 1, plan.slot, -1)
-    per_unit = jnp.stack(units, axis=1)[inside]
-    per_unit = jnp.where(busy[:, None], per_unit, 0)
-    # A split unit has at least two segments, which bounds how many there are.
-    most = num_segments // 2
+    in_scratch = jnp.where(plan.parts > 1, plan.parts, 0)
+    first_slot = jnp.cumsum(in_scratch, dtype=jnp.int32) - in_scratch
+    slot = first_slot[inside] + plan.slot - plan.first_slot[inside]
+    slot = jnp.where(busy & (in_scratch[inside] > 0), slot, -1)
+    per_unit = jnp.where(busy[:, None], jnp.stack(units, axis=1)[inside], 0)
+
+    most = num_segments - num_units
     split = jnp.arange(num_units, dtype=jnp.int32)
     if num_units > most:
-        [split] = jnp.nonzero(plan.parts > 1, size=most, fill_value=num_units)
+        [split] = jnp.nonzero(in_scratch, size=most, fill_value=num_units)
         split = split.astype(jnp.int32)
     merged = jnp.minimum(split, num_units - 1)
     parts = jnp.where(split < num_units, plan.parts[merged], 0)
@@ -57,5 +68,5 @@ def pack(units: Units, plan: SplitPlan) -> Work:
         segments=jnp.concatenate(
             [jnp.stack([plan.begin, plan.end, slot], axis=1), per_unit], axis=1
         ),
-        merges=jnp.stack([parts, plan.first_slot[merged], *of_unit], axis=1),
+        merges=jnp.stack([parts, first_slot[merged], *of_unit], axis=1),
     )

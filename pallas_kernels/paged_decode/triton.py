@@ -10,9 +10,10 @@ from pallas_kernels.paged_attention import (
     Units,
     attend_pages,
     choose_tiles,
+    most_slots,
     pack,
 )
-from pallas_kernels.paged_attention.tiles import choose_workers
+from pallas_kernels.paged_attention.tiles import choose_workers, clip_length
 from pallas_kernels.schedule import SplitPlan, balanced_share, most_segments, plan_segments
 
 FEWEST_STEPS, MOST_PARTS = 8, 64
@@ -36,12 +37,16 @@ def plan_splits(
         share = jnp.maximum((steps + num_splits - 1) // num_splits, 1)
         return plan_segments(steps, share, batch * num_splits)
     if deterministic:
+        # Requests have ids of their own, so all ids bound the tokens of all requests. Where garbage
+        # says otherwise, the plan stays within its bounds.
+        past = jnp.minimum(jnp.cumsum(steps), most_steps + batch)
+        steps = jnp.diff(past, prepend=0).astype(jnp.int32)
         share = jnp.maximum((steps + MOST_PARTS - 1) // MOST_PARTS, FEWEST_STEPS)
-        # Requests have ids of their own, so all ids bound the tokens of all requests.
         most = min((most_steps + batch) // FEWEST_STEPS + batch, batch * MOST_PARTS)
         return plan_segments(steps, share, most)
     workers = choose_workers(tiles, device, -(-problem.rows // tiles.rows))
     share = balanced_share(steps, workers)
+    # More segments than there can be steps would do nothing.
     return plan_segments(steps, share, min(most_segments(batch, workers), batch * most_steps))
 
 
@@ -66,6 +71,7 @@ def paged_decode_triton(
     device = current_device()
     tiles = tiles or choose_tiles(problem, device)
     rows = jnp.full(batch, problem.rows, jnp.int32)
+    length = clip_length(length, start, problem)
     units = Units(
         base=jnp.arange(batch, dtype=jnp.int32) * problem.rows,
         offset=jnp.zeros(batch, jnp.int32),
@@ -83,6 +89,7 @@ def paged_decode_triton(
         q_pe.reshape(batch * problem.rows, -1),
         *(ckv_cache, kpe_cache, page_ids, sm_scale),
         pack(units, plan),
+        slots=most_slots(plan.unit.shape[0], batch),
         heads=heads,
         row_blocks=-(-problem.rows // tiles.rows),
         tiles=tiles,

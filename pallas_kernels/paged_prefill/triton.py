@@ -11,9 +11,10 @@ from pallas_kernels.paged_attention import (
     Units,
     attend_pages,
     choose_tiles,
+    most_slots,
     pack,
 )
-from pallas_kernels.paged_attention.tiles import choose_workers
+from pallas_kernels.paged_attention.tiles import choose_workers, clip_length
 from pallas_kernels.schedule import balanced_share, most_segments, plan_segments
 
 UNIT_ROWS = 128
@@ -81,6 +82,7 @@ def paged_prefill_triton(
     device = current_device()
     tiles = tiles or choose_tiles(problem, device)
     row_blocks = min(-(-UNIT_ROWS // tiles.rows), -(-tokens * heads // tiles.rows))
+    length = clip_length(length, start, problem)
     units = cut_units(
         *(length, start, q_start, q_count),
         tokens=tokens,
@@ -104,6 +106,7 @@ def paged_prefill_triton(
         q_pe.reshape(tokens * heads, -1),
         *(ckv_cache, kpe_cache, page_ids, sm_scale),
         pack(units, plan),
+        slots=most_slots(plan.unit.shape[0], num_units),
         heads=heads,
         row_blocks=row_blocks,
         tiles=tiles,

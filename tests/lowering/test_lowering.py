@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import ShapeDtypeStruct as Shape
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from mla_jax import Decoder, ModelConfig, MoEConfig, PagedLatentCache, decode_step, presets
 from mla_jax.config import MLAConfig
@@ -29,13 +28,6 @@ from pallas_kernels.paged_prefill.triton import paged_prefill_triton
 from pallas_kernels.routing import RoutingRule, route
 
 TRITON_CALL = re.compile(r'custom_call @__gpu\$xla\.gpu\.triton\(.*\bname = "(\w+)"')
-
-
-@pytest.fixture(autouse=True)
-def h200():
-    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
-    with jax.sharding.use_abstract_mesh(mesh):
-        yield
 
 
 def kernels(function, *args) -> list[str]:
@@ -89,7 +81,10 @@ def test_paged(rng, tokens):
         heads = int(rng.choice(HEADS))
         shapes = paged_shapes(heads, page_size, tokens, dtype, latent=latent, rope=rope)
         deterministic = bool(rng.integers(2))
-        assert paged_kernels(*shapes, deterministic=deterministic) == PAGED, shapes
+        # A unit of prefill is never split where its result must not depend on others.
+        whole = deterministic and tokens == 0
+        want = PAGED[:1] if whole else PAGED
+        assert paged_kernels(*shapes, deterministic=deterministic) == want, shapes
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -108,11 +103,7 @@ def test_paged_widths(latent, rope):
 @pytest.mark.parametrize("num_splits", [1, 3, 64])
 def test_paged_decode_splits(num_splits):
     shapes = paged_shapes(16, 64, 1)
-    assert paged_kernels(*shapes, num_splits=num_splits) == PAGED
-
-
-def test_one_segment_needs_no_merge():
-    assert paged_kernels(*paged_shapes(16, 64, 1, batch=1), num_splits=1) == PAGED[:1]
+    assert paged_kernels(*shapes, num_splits=num_splits) == (PAGED if num_splits > 1 else PAGED[:1])
 
 
 TABLES = sorted(Path(tuning.__file__).with_name("tuned").glob("*.json"))

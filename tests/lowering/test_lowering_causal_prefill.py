@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import ShapeDtypeStruct as Shape
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.causal_prefill import CausalProblem, causal_prefill
 from pallas_kernels.causal_prefill.tiles import (
@@ -23,13 +22,6 @@ from pallas_kernels.device import current_device
 TRITON_CALL = re.compile(r'custom_call @__gpu\$xla\.gpu\.triton\(.*\bname = "(\w+)"')
 FORWARD = ["mla_causal_prefill"]
 BOTH = [*FORWARD, "mla_causal_prefill_dq", "mla_causal_prefill_dkv"]
-
-
-@pytest.fixture(autouse=True)
-def h200():
-    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
-    with jax.sharding.use_abstract_mesh(mesh):
-        yield
 
 
 def kernels(function, *args) -> list[str]:

@@ -120,7 +120,7 @@ def test_causal_tiles_follow_the_table_for_long_requests(folder):
 def test_candidates(rows):
     """A handful, all different, the default of 16-bit types among them, no half empty block."""
     candidates = tune.paged_candidates(rows)
-    assert 7 <= len(candidates) == len(set(candidates)) <= 9
+    assert 5 <= len(candidates) == len(set(candidates)) <= 7
     assert default_tiles(rows, "bfloat16") in candidates
     if rows:
         assert all(tiles.rows == 16 or tiles.rows < 2 * rows for tiles in candidates)
@@ -281,7 +281,7 @@ def test_command_writes_a_table_that_is_used(capsys, folder, tmp_path, monkeypat
     """On a GPU by name only: measuring is made up, one of the candidates did not run."""
 
     def measure(target):
-        assert len(target.candidates) > 5
+        assert len(target.candidates) > 4
         found = {"tiles": dataclasses.asdict(TILES), "us": 1.5, "default_us": 2.0}
         return {**target.key, **found}, {target.candidates[-1]: "too much [shared] memory"}
 

@@ -283,10 +283,6 @@ class TestReference(PagedDecodeSuite):
 class TestTritonInterpreted(PagedDecodeSuite):
     backend, interpret = "triton", True
 
-    @pytest.mark.xfail(strict=True, reason="plan_splits has fewer segments than these steps need")
-    def test_longer_than_the_ids(self, rng):
-        super().test_longer_than_the_ids(rng)
-
     @pytest.mark.parametrize(("heads", "tokens"), [(3, 1), (128, 5)])
     def test_deterministic(self, rng, heads, tokens):
         """To the bit, whatever else is in the batch: requests that are split, and more rows than

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracles import QUICK_COMPILE
 
 from pallas_kernels.device import Device
-from pallas_kernels.paged_attention import PagedProblem, Units, choose_tiles, pack
+from pallas_kernels.paged_attention import PagedProblem, Units, choose_tiles, most_slots, pack
 from pallas_kernels.paged_attention.tiles import choose_workers
 from pallas_kernels.paged_decode.triton import plan_splits
 from pallas_kernels.schedule import SplitPlan, balanced_share, most_segments, plan_segments
@@ -77,8 +77,7 @@ def walk(steps: list[int], plan: SplitPlan, work) -> list[list[tuple[int, int]]]
         cuts[unit].append((int(begin), int(end)))
         assert plan.first_slot[unit] <= slot < plan.first_slot[unit] + plan.parts[unit]
         if plan.parts[unit] > 1:
-            assert row[2] == slot
-            slots.setdefault(unit, set()).add(int(slot))
+            slots.setdefault(unit, set()).add(row[2])
         else:
             assert row[2] == -1
     assert lengths == sorted(lengths, reverse=True)
@@ -96,7 +95,7 @@ def walk(steps: list[int], plan: SplitPlan, work) -> list[list[tuple[int, int]]]
 
     used = [slot for of_unit in slots.values() for slot in of_unit]
     assert len(used) == len(set(used))
-    assert all(0 <= slot < len(table) for slot in used)
+    assert all(0 <= slot < most_slots(len(table), len(steps)) for slot in used)
     merged = {}
     for count, first, base, offset, owned in merges.tolist():
         if count > 1:
