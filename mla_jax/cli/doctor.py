@@ -25,7 +25,7 @@ def diagnose(preset: str, page_size: int) -> dict:
     import jax
 
     from mla_jax.cli import find_preset
-    from pallas_kernels import expert_ffn, paged_decode, paged_prefill, routing
+    from pallas_kernels import causal_prefill, expert_ffn, paged_decode, paged_prefill, routing
     from pallas_kernels.backend import Backend, explain
     from pallas_kernels.device import current_device
     from pallas_kernels.paged_attention import PagedProblem
@@ -51,6 +51,19 @@ def diagnose(preset: str, page_size: int) -> dict:
             PagedProblem(op="paged_prefill", tokens=0, **attention),
         ),
     }
+    problems["causal_prefill"] = (
+        causal_prefill.BACKENDS,
+        causal_prefill.CausalProblem(
+            batch=1,
+            tokens=1024,
+            keys=1024,
+            heads=mla.n_heads,
+            width=mla.qk_head_dim,
+            value_width=mla.v_head_dim,
+            dtype=config.dtype,
+            causal=True,
+        ),
+    )
     if config.moe is not None:
         problems["expert_ffn"] = (
             expert_ffn.BACKENDS,
