@@ -140,7 +140,7 @@ def mla_paged_decode(
     kv_indptr[-1]; the tail is not read. sm_scale None is 192^-1/2, for latent 512 and rope 64 only.
     num_splits: parts into which a request's keys are cut; None follows lengths and device.
     deterministic: a request's result is the same to the bit whatever else is in the batch.
-    interpret: with backend="triton", run the kernel's Python on any device.
+    interpret: with a Pallas backend named, run the kernel's Python on any device.
 
     Returns out, of q's shape and dtype, and the base-2 log-sum-exp, float32, without q's last
     axis; a request without keys gives 0 and -inf. Everything but shapes may be traced, and vmap

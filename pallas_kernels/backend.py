@@ -17,12 +17,14 @@ class Backend:
 
     `unsupported(problem)` and `unfit(device)` give None, or the reason why not: the first is about
     shapes and dtypes and holds wherever the call is traced, the second about the device.
+    `outrun(problem)` gives None, or why a backend behind this one is faster there.
     """
 
     name: str
     run: Callable[..., Any]
     unsupported: Callable[[Any], str | None] = lambda problem: None
     unfit: Callable[[Device], str | None] = lambda device: None
+    outrun: Callable[[Any], str | None] = lambda problem: None
 
 
 def needs_gpu(device: Device) -> str | None:
@@ -32,7 +34,7 @@ def needs_gpu(device: Device) -> str | None:
 
 # Every name that some operation uses. A name outside it is a typing error of the caller's; a name
 # in it that an operation lacks is something that this operation cannot do.
-KNOWN = ("triton", "reference")
+KNOWN = ("mosaic_gpu", "triton", "reference")
 
 
 def check_name(name: str | None) -> None:
@@ -49,9 +51,9 @@ def choose(op: str, backends: Sequence[Backend], problem: Any, name: str | None)
     """
     if name is None:
         device = current_device()
-        for backend in backends:
-            if backend.unfit(device) is None and backend.unsupported(problem) is None:
-                return backend
+        able = [b for b in backends if not (b.unfit(device) or b.unsupported(problem))]
+        for backend in [*(b for b in able if b.outrun(problem) is None), *able]:
+            return backend
         raise NotImplementedError(f"{op}: no backend can run {problem}; see explain()")
     check_name(name)
     for backend in backends:

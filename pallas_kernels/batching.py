@@ -75,7 +75,7 @@ def batchable(op: str, run: Callable[..., Results]) -> Callable[..., Results]:
         @differentiable.defjvp
         def refuse(primals, tangents):
             raise NotImplementedError(
-                f'{op}: backend "triton" has no gradient, use backend="reference"'
+                f'{op}: the Pallas backends have no gradient, use backend="reference"'
             )
 
         return differentiable(*arrays)

@@ -1,6 +1,7 @@
 """What the device is: the one place that asks JAX."""
 
 import dataclasses
+import re
 
 import jax
 
@@ -12,6 +13,11 @@ class Device:
     platform: str
     kind: str
     num_cores: int | None
+
+    @property
+    def is_hopper(self) -> bool:
+        """Whether this is an NVIDIA GPU of compute capability 9.0."""
+        return bool(re.search(r"\b(H100|H200|H800|H20|GH200)\b", self.kind))
 
     def __str__(self) -> str:
         return f"{self.kind} ({self.platform})"

@@ -7,7 +7,10 @@ token and cached token are its arithmetic, the few keys that causality hides inc
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,15 +19,17 @@ import numpy as np
 from jaxtyping import Array
 
 from mla_jax.bench.peers import Contender, PagedInputs, Peer, jax_contender
-from mla_jax.bench.timing import CALLS, alternating_seconds, seconds_a_run
+from mla_jax.bench.timing import CALLS, alternating_seconds, burst_of, chained, seconds_a_run
 from mla_jax.paged import DEFAULT_SM_SCALE
 from pallas_kernels.backend import choose
 from pallas_kernels.device import current_device
-from pallas_kernels.paged_attention import PagedProblem, Units, Work, choose_tiles, pack
+from pallas_kernels.paged_attention import PagedProblem, Units, choose_tiles, pack
 from pallas_kernels.paged_decode import BACKENDS, paged_decode
+from pallas_kernels.paged_decode.mosaic_gpu import default_mosaic_tiles, plan_work
 from pallas_kernels.paged_decode.triton import plan_splits
 
 Row = dict[str, Any]
+Programs = dict[str, tuple[Callable[..., Array], Callable[..., Array]]]
 DTYPE = "bfloat16"
 LATENT, ROPE = 512, 64
 WIDTH = LATENT + ROPE
@@ -90,6 +95,7 @@ SHAPES = {
         *(_even(128, heads, 4096) for heads in (8, 16, 32, 64, 128)),
         _even(128, 16, 8192),
         _even(128, 128, 8192),
+        _even(128, 128, 16384),
         _even(128, 128, 4096, tokens=2),
         _even(64, 128, 1024),
         _even(256, 16, 1024),
@@ -171,9 +177,7 @@ def make_inputs(shape: PagedShape, seed: int = 0, dtype: str = DTYPE) -> PagedIn
     )
 
 
-def ours(inputs: PagedInputs, backend: str | None, deterministic: bool = False) -> Contender:
-    """`paged_decode`; its split plan follows the lengths alone, so the chain computes it once."""
-
+def _call(backend: str | None, deterministic: bool) -> Callable[..., Array]:
     def call(
         q_nope: Array, q_pe: Array, ckv: Array, kpe: Array, table: Array, length: Array
     ) -> Array:
@@ -186,36 +190,74 @@ def ours(inputs: PagedInputs, backend: str | None, deterministic: bool = False) 
             backend=backend,
         )[0]
 
-    return jax_contender(call, *inputs.args)
+    return call
 
 
-def plan_microseconds(shape: PagedShape, deterministic: bool = False) -> float:
-    """The split plan as a program of its own, its launch included, so at most this in another.
+def compile_ahead(
+    shapes: Sequence[PagedShape], backend: str | None, deterministic: bool = False
+) -> Programs:
+    """(chain of CALLS, single call) of every shape, compiled side by side before any is timed."""
+
+    def compiled(shape: PagedShape) -> tuple[Callable[..., Array], Callable[..., Array]]:
+        args = jax.eval_shape(lambda: make_inputs(shape).args)
+        call = jax.jit(_call(backend, deterministic))
+        return tuple(jax.jit(program).lower(*args).compile() for program in (chained(call), call))  # pyright: ignore[reportReturnType]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip((shape.name for shape in shapes), pool.map(compiled, shapes), strict=True))
+
+
+def ours(
+    inputs: PagedInputs,
+    backend: str | None,
+    deterministic: bool = False,
+    programs: tuple[Callable[..., Array], Callable[..., Array]] | None = None,
+) -> Contender:
+    """`paged_decode`; its plan follows the lengths alone, so the chain computes it once.
+
+    programs: those of `compile_ahead`, if they are there.
+    """
+    if programs is None:
+        return jax_contender(_call(backend, deterministic), *inputs.args)
+    chain, call = programs
+    return Contender(
+        burst=burst_of(chain, *inputs.args),
+        output=lambda: np.asarray(call(*inputs.args).astype(jnp.float32)),
+        calls=CALLS,
+    )
+
+
+def plan_microseconds(shape: PagedShape, backend: str, deterministic: bool = False) -> float:
+    """The work plan as a program of its own, its launch included, so at most this in another.
 
     Decode makes one plan a step, however many layers use it.
     """
     problem, device = problem_of(shape), current_device()
-    tiles = choose_tiles(problem, device)
+    start = jnp.arange(problem.batch, dtype=jnp.int32) * (problem.num_ids // problem.batch)
+    options = {"num_splits": None, "deterministic": deterministic}
 
-    def plan(length: Array) -> Work:
-        batch = jnp.arange(problem.batch, dtype=jnp.int32)
-        rows = jnp.full_like(batch, problem.rows)
+    def plan(length: Array) -> Any:
+        if backend == "mosaic_gpu":
+            cluster = default_mosaic_tiles(problem)
+            return plan_work(length, start, problem, cluster, device, **options)
+        tiles = choose_tiles(problem, device)
+        rows = jnp.full(problem.batch, problem.rows, jnp.int32)
         units = Units(
-            base=batch * problem.rows,
-            offset=jnp.zeros_like(batch),
+            base=jnp.arange(problem.batch, dtype=jnp.int32) * problem.rows,
+            offset=jnp.zeros_like(rows),
             rows=rows,
             owned=rows,
-            first_id=batch * (problem.num_ids // problem.batch),
+            first_id=start,
             length=length,
             seen=length - problem.tokens + 1,
         )
-        splits = plan_splits(
-            *(length, problem, tiles, device), num_splits=None, deterministic=deterministic
-        )
-        return pack(units, splits)
+        return pack(units, plan_splits(length, problem, tiles, device, **options))
+
+    def arrays(length: Array) -> list[Array]:
+        return [x for x in jax.tree.leaves(plan(length)) if not isinstance(x, int)]
 
     length = jnp.asarray(shape.lengths, jnp.int32)
-    return seconds_a_run(jax.jit(plan), length, burst=CALLS) * 1e6
+    return seconds_a_run(jax.jit(arrays), length, burst=CALLS) * 1e6
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
@@ -234,6 +276,14 @@ def check_agreement(
         )
 
 
+def geometric_means(rows: Sequence[Row]) -> dict[str, float]:
+    """For each peer, the geometric mean of the ratios to it."""
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        ratios.setdefault(row["peer"], []).append(row["ratio"])
+    return {peer: statistics.geometric_mean(values) for peer, values in ratios.items()}
+
+
 def bench_shape(
     shape: PagedShape,
     peers: dict[str, Peer],
@@ -242,6 +292,7 @@ def bench_shape(
     backend: str | None = None,
     deterministic: bool = False,
     seed: int = 0,
+    programs: Programs | None = None,
 ) -> Iterator[Row]:
     """One row a peer, whose bursts and ours take turns: ratio is the peer's time over ours.
 
@@ -250,10 +301,12 @@ def bench_shape(
     RuntimeError if the two outputs do not agree.
     """
     inputs = make_inputs(shape, seed)
-    own = ours(inputs, backend, deterministic)
+    own = ours(inputs, backend, deterministic, (programs or {}).get(shape.name))
     output, name_of_ours = own.output(), backend_for(shape, backend)
     planned = (
-        {"plan_us": plan_microseconds(shape, deterministic)} if name_of_ours == "triton" else {}
+        {}
+        if name_of_ours == "reference"
+        else {"plan_us": plan_microseconds(shape, name_of_ours, deterministic)}
     )
     if shape.page_size != PEERS_PAGE:
         paged_alike = make_inputs(dataclasses.replace(shape, page_size=PEERS_PAGE), seed)

@@ -143,11 +143,21 @@ def run_paged(args: argparse.Namespace) -> int:
 
     ceilings = timing.measure_ceilings()
     options = {"backend": args.backend, "deterministic": args.deterministic}
+    programs = paged.compile_ahead(shapes, **options)
     rows = _record(
-        (row for shape in shapes for row in paged.bench_shape(shape, against, ceilings, **options)),
+        (
+            row
+            for shape in shapes
+            for row in paged.bench_shape(shape, against, ceilings, **options, programs=programs)
+        ),
         ceilings,
         args.json,
     )
+    means = paged.geometric_means(rows)
+    for peer, mean in means.items():
+        print(f"geometric mean of the ratios to {peer}: {mean:.3f}")
+    if args.json is not None:
+        results.write(args.json, rows, ceilings=ceilings, geometric_means=means)
     if args.plot is not None:
         plot.draw(results.document(rows, ceilings=ceilings), args.plot)
     return 0

@@ -242,6 +242,7 @@ def attend_pages(
         part,
         part_lse,
         work.merges,
+        work.splits,
         slot_rows=slot_rows,
         deterministic=deterministic,
         interpret=interpret,

@@ -34,6 +34,7 @@ class Work(NamedTuple):
 
     segments: Int[Array, "segments 10"]  # first step, last + 1, slot or -1, the fields of Units
     merges: Int[Array, "merges 5"]  # parts, first slot, the unit's base, offset and owned rows
+    splits: Int[Array, "1"]  # how many merges there are, all at the beginning
 
 
 def most_slots(segments: int, units: int) -> int:
@@ -56,11 +57,9 @@ def pack(units: Units, plan: SplitPlan) -> Work:
     slot = jnp.where(busy & (in_scratch[inside] > 0), slot, -1)
     per_unit = jnp.where(busy[:, None], jnp.stack(units, axis=1)[inside], 0)
 
-    most = num_segments - num_units
-    split = jnp.arange(num_units, dtype=jnp.int32)
-    if num_units > most:
-        [split] = jnp.nonzero(in_scratch, size=most, fill_value=num_units)
-        split = split.astype(jnp.int32)
+    most = min(num_units, num_segments - num_units)
+    [split] = jnp.nonzero(in_scratch, size=most, fill_value=num_units)
+    split = split.astype(jnp.int32)
     merged = jnp.minimum(split, num_units - 1)
     parts = jnp.where(split < num_units, plan.parts[merged], 0)
     of_unit = (units.base[merged], units.offset[merged], units.owned[merged])
@@ -69,4 +68,5 @@ def pack(units: Units, plan: SplitPlan) -> Work:
             [jnp.stack([plan.begin, plan.end, slot], axis=1), per_unit], axis=1
         ),
         merges=jnp.stack([parts, first_slot[merged], *of_unit], axis=1),
+        splits=jnp.sum(in_scratch > 0, dtype=jnp.int32, keepdims=True),
     )

@@ -7,6 +7,7 @@ from pallas_kernels.backend import Backend, choose, needs_gpu
 from pallas_kernels.batching import batchable
 from pallas_kernels.checks import check_paged
 from pallas_kernels.paged_attention import PagedProblem, unsupported
+from pallas_kernels.paged_decode import mosaic_gpu
 from pallas_kernels.paged_decode.reference import paged_decode_reference
 from pallas_kernels.paged_decode.triton import paged_decode_triton
 
@@ -14,6 +15,13 @@ MAX_QUERY_TOKENS = 8
 
 # Fastest first.
 BACKENDS = (
+    Backend(
+        name="mosaic_gpu",
+        run=batchable("paged_decode", mosaic_gpu.paged_decode_mosaic),
+        unsupported=mosaic_gpu.unsupported,
+        unfit=mosaic_gpu.unfit,
+        outrun=mosaic_gpu.outrun,
+    ),
     Backend(
         name="triton",
         run=batchable("paged_decode", paged_decode_triton),
@@ -54,7 +62,7 @@ def paged_decode(
 
     num_splits: blocks that share one request's keys; None follows the lengths and the device's
     cores. deterministic: a request's result is the same to the bit whatever else is in the batch.
-    interpret: with backend="triton", run the kernel's Python on any device.
+    interpret: with a Pallas backend named, run the kernel's Python on any device.
     Returns out [batch, tokens, heads, latent] of q's dtype and the base-2 log-sum-exp
     [batch, tokens, heads] float32; a query without keys gives 0 and -inf.
     Errors: ValueError (shape), TypeError (dtype), NotImplementedError (backend, with the reason).

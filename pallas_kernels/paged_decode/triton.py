@@ -14,10 +14,8 @@ from pallas_kernels.paged_attention import (
     pack,
 )
 from pallas_kernels.paged_attention.tiles import choose_workers, clip_length
+from pallas_kernels.paged_decode.splits import fixed_splits
 from pallas_kernels.schedule import SplitPlan, balanced_share, most_segments, plan_segments
-
-FEWEST_STEPS, MOST_PARTS = 8, 64
-"""A deterministic split is at least so many steps, and a request has at most so many."""
 
 
 def plan_splits(
@@ -33,17 +31,11 @@ def plan_splits(
     batch = problem.batch
     steps = (jnp.maximum(length, 0) + tiles.keys - 1) // tiles.keys
     most_steps = -(-problem.num_ids * problem.page_size // tiles.keys)
-    if num_splits is not None:
-        share = jnp.maximum((steps + num_splits - 1) // num_splits, 1)
-        return plan_segments(steps, share, batch * num_splits)
-    if deterministic:
-        # Requests have ids of their own, so all ids bound the tokens of all requests. Where garbage
-        # says otherwise, the plan stays within its bounds.
-        past = jnp.minimum(jnp.cumsum(steps), most_steps + batch)
-        steps = jnp.diff(past, prepend=0).astype(jnp.int32)
-        share = jnp.maximum((steps + MOST_PARTS - 1) // MOST_PARTS, FEWEST_STEPS)
-        most = min((most_steps + batch) // FEWEST_STEPS + batch, batch * MOST_PARTS)
-        return plan_segments(steps, share, most)
+    split = fixed_splits(
+        steps, problem, tiles.keys, num_splits=num_splits, deterministic=deterministic
+    )
+    if split is not None:
+        return split
     workers = choose_workers(tiles, device, -(-problem.rows // tiles.rows))
     share = balanced_share(steps, workers)
     # More segments than there can be steps would do nothing.

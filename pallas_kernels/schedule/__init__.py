@@ -6,5 +6,20 @@ from pallas_kernels.schedule.split import (
     most_segments,
     plan_segments,
 )
+from pallas_kernels.schedule.workers import (
+    WorkerPlan,
+    most_worker_segments,
+    plan_workers,
+    spread,
+)
 
-__all__ = ["SplitPlan", "balanced_share", "most_segments", "plan_segments"]
+__all__ = [
+    "SplitPlan",
+    "WorkerPlan",
+    "balanced_share",
+    "most_segments",
+    "most_worker_segments",
+    "plan_segments",
+    "plan_workers",
+    "spread",
+]

@@ -1,0 +1,78 @@
+"""What the warpgroups of a block of the Mosaic GPU kernel share: sizes, names, the work table."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+ROWS = KEYS = BOX = 64
+"""Query rows of a block, keys of a tile, columns of a swizzled box."""
+PAIR = 2 * KEYS
+"""Keys of a plan's step: the two tiles that the consumers share."""
+LOWEST = -1e30
+"""Instead of -inf, whose differences would be NaN."""
+GRID, CLUSTER, THREAD = "mla_worker", "mla_cluster", "mla_warpgroup"
+"""Axis names that no mesh has: a kernel's names and those of a mesh around it must differ."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MosaicTiles:
+    """`cluster` blocks of 64 rows share their keys: 1, or 2."""
+
+    cluster: int
+
+
+GROWTH = 8.0
+"""A maximum stays where it is until a score passes it by a factor of 2**GROWTH: what it must do is
+keep exponentials in range, and as long as it stays, acc need not be rescaled."""
+
+
+class Segment(NamedTuple):
+    """A row of Work.segments, in a kernel."""
+
+    begin: Array
+    end: Array
+    slot: Array
+    base: Array
+    offset: Array
+    rows: Array
+    owned: Array
+    first_id: Array
+    length: Array
+    seen: Array
+
+
+class Block:
+    """What every warpgroup needs: refs by name, static choices, and where this block stands."""
+
+    def __init__(self, refs, tiles, rows, heads, tokens, rope, interpret, worker, block):
+        self.refs, self.tiles, self.rows = refs, tiles, rows
+        self.heads, self.tokens = heads, tokens
+        self.rope, self.interpret = rope, interpret
+        self.worker, self.block = worker, block
+        self.half = refs["ckv"].shape[-1] // 2
+        self.page_size = refs["ckv"].shape[1]
+        self.axes = CLUSTER if tiles.cluster > 1 else None
+
+    def __getattr__(self, name: str) -> Any:
+        return self.refs[name]
+
+    def segments_of_worker(self, body, carry):
+        """`body(segment, carry)` over the segments of this worker."""
+        table, workers = self.refs["work"], lax.axis_size(GRID)
+        begin, end = table[self.worker, 0], table[self.worker, 1]
+
+        def step(index, carry):
+            row = jnp.where(index == begin, self.worker, workers + index)
+            segment = Segment(*(table[row, 2 + i] for i in range(len(Segment._fields))))
+            return body(segment, carry)
+
+        return lax.fori_loop(begin, end, step, carry)
+
+    def rows_of(self, segment: Segment):
+        """Where this block's tile of queries stands among all rows."""
+        row = segment.base + segment.offset + self.block * ROWS
+        return pl.ds(pl.multiple_of(row, 8), self.rows)
