@@ -3,6 +3,11 @@
 import os
 import random
 
+# The interpreter of Mosaic GPU kernels blocks a CPU runtime thread for each warpgroup of a cluster
+# that waits at a barrier; with one thread a core, a machine of two cores waits for ever. Read when
+# jax starts its CPU client.
+os.environ.setdefault("NPROC", "16")
+
 import jax
 
 # jax >= 0.11 imports this when it first interprets a kernel, and the configuration flag that it

@@ -26,7 +26,7 @@ def diagnose(preset: str, page_size: int) -> dict:
 
     from mla_jax.cli import find_preset
     from pallas_kernels import causal_prefill, expert_ffn, paged_decode, paged_prefill, routing
-    from pallas_kernels.backend import Backend, explain
+    from pallas_kernels.backend import Backend, choose, explain
     from pallas_kernels.device import current_device
     from pallas_kernels.paged_attention import PagedProblem
 
@@ -86,7 +86,7 @@ def diagnose(preset: str, page_size: int) -> dict:
     for op, (backends, problem) in problems.items():
         reasons = explain(backends, problem, device)
         ops[op] = {
-            "runs": next((name for name, reason in reasons.items() if reason is None), None),
+            "runs": choose(op, backends, problem, None).name,
             "not": {name: reason for name, reason in reasons.items() if reason is not None},
         }
     versions = {}

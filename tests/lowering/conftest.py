@@ -2,11 +2,10 @@
 
 import jax
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from lowered import H200
 
 
 @pytest.fixture(autouse=True)
 def h200():
-    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(H200):
         yield

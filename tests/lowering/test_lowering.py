@@ -6,7 +6,6 @@ types that do not fit are found here. Only shapes are made, so that a big model 
 
 import functools
 import itertools
-import re
 from pathlib import Path
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import ShapeDtypeStruct as Shape
+from lowered import TRITON_CALL, kernels, paged_shapes
 
 from mla_jax import Decoder, ModelConfig, MoEConfig, PagedLatentCache, decode_step, presets
 from mla_jax.config import MLAConfig
@@ -27,50 +27,14 @@ from pallas_kernels.paged_prefill import paged_prefill
 from pallas_kernels.paged_prefill.triton import paged_prefill_triton
 from pallas_kernels.routing import RoutingRule, route
 
-TRITON_CALL = re.compile(r'custom_call @__gpu\$xla\.gpu\.triton\(.*\bname = "(\w+)"')
-
-
-def kernels(function, *args) -> list[str]:
-    """The names of the Triton kernels that `function` launches, in order."""
-    lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-    return TRITON_CALL.findall(lowered.as_text())
-
-
 PAGED = ["mla_paged_attention", "mla_paged_merge"]
 PAGE_SIZES = [1, 16, 32, 64, 128, 256]
 HEADS = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
-def ints(size: int) -> Shape:
-    return Shape((size,), jnp.int32)
-
-
-def paged_shapes(
-    heads: int,
-    page_size: int,
-    tokens: int,
-    dtype: str = "bfloat16",
-    *,
-    batch: int = 4,
-    latent: int = 512,
-    rope: int = 64,
-):
-    """Those of a decode call, or, without `tokens` of each request, of a prefill call."""
-    rows = (batch, tokens) if tokens else (300,)
-    return (
-        Shape((*rows, heads, latent), dtype),
-        Shape((*rows, heads, rope), dtype),
-        Shape((1000, page_size, latent), dtype),
-        Shape((1000, page_size, rope), dtype),
-        *(ints(batch * 64), ints(batch), ints(batch)),
-        *(() if tokens else (ints(batch), ints(batch))),
-    )
-
-
 def paged_kernels(*shapes, **options) -> list[str]:
-    """Nobody names Triton here: on a GPU it is what a call gets."""
     op = paged_decode if len(shapes) == 7 else paged_prefill
-    return kernels(lambda *args: op(*args, sm_scale=0.07, **options), *shapes)
+    return kernels(lambda *args: op(*args, sm_scale=0.07, backend="triton", **options), *shapes)
 
 
 # Decode of 1 to 8 tokens, and prefill, which has 0; a sample of the other sizes with each.
@@ -132,7 +96,7 @@ def test_tuned_paged_tiles(path):
 def test_export():
     """The kernel's custom call is one that an export has to allow."""
     exporting = functools.partial(jax.export.export, platforms=["cuda"])
-    run = jax.jit(lambda *args: paged_decode(*args, sm_scale=0.07))
+    run = jax.jit(lambda *args: paged_decode(*args, sm_scale=0.07, backend="triton"))
     shapes = paged_shapes(16, 64, 1)
     with pytest.raises(ValueError, match=r"gpu\.triton"):
         exporting(run)(*shapes)

@@ -1,12 +1,12 @@
 """Causal prefill's kernels lower for an H200 on a machine without a GPU, both passes."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import ShapeDtypeStruct as Shape
+from lowered import kernels
 
 from pallas_kernels.causal_prefill import CausalProblem, causal_prefill
 from pallas_kernels.causal_prefill.tiles import (
@@ -19,15 +19,8 @@ from pallas_kernels.causal_prefill.tiles import (
 from pallas_kernels.causal_prefill.triton import causal_prefill_triton
 from pallas_kernels.device import current_device
 
-TRITON_CALL = re.compile(r'custom_call @__gpu\$xla\.gpu\.triton\(.*\bname = "(\w+)"')
 FORWARD = ["mla_causal_prefill"]
 BOTH = [*FORWARD, "mla_causal_prefill_dq", "mla_causal_prefill_dkv"]
-
-
-def kernels(function, *args) -> list[str]:
-    """The names of the Triton kernels that `function` launches, in order."""
-    lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-    return TRITON_CALL.findall(lowered.as_text())
 
 
 def shapes(tokens: int, heads: int, dtype: str, batch: int = 1, width: int = 192, value=128):

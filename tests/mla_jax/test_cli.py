@@ -5,7 +5,10 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
+import jax
 import pytest
+from interpreted import MOSAIC_GPU
+from lowered import A100, H200
 
 from mla_jax import load_checkpoint
 from mla_jax.cli.main import main
@@ -114,6 +117,22 @@ def test_a_truncated_checkpoint_is_one_line(capsys, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("preset", "mesh", "backend"),
+    [
+        ("deepseek-v2-lite", H200, "triton"),  # 16 heads
+        ("deepseek-v3", H200, "mosaic_gpu" if MOSAIC_GPU else "triton"),  # 128 heads
+        ("deepseek-v3", A100, "triton"),
+    ],
+)
+def test_doctor_names_what_a_call_gets(capsys, preset, mesh, backend):
+    with jax.sharding.use_abstract_mesh(mesh):
+        _, out, _ = run(capsys, "doctor", "--json", "--preset", preset)
+    operations = json.loads(out)["operations"]
+    assert operations["paged_decode"]["runs"] == backend
+    assert operations["paged_prefill"]["runs"] == "triton"
+
+
 def test_doctor_names_the_backends_and_the_reasons(capsys):
     status, out, _ = run(capsys, "doctor", "--json")
     report = json.loads(out)
@@ -121,6 +140,7 @@ def test_doctor_names_the_backends_and_the_reasons(capsys):
     assert status == 0
     assert decode["runs"] == "reference"
     assert decode["not"]["triton"].startswith("needs a GPU")
+    assert decode["not"]["mosaic_gpu"].startswith("needs a Hopper GPU")
     assert report["versions"]["jax"]
     status, out, _ = run(capsys, "doctor")
     assert status == 0

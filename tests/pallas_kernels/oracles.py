@@ -175,7 +175,8 @@ def make_prefill(
     gaps = rng.integers(0, 3, len(sizes))
     gaps[0] = 0  # q_start ascends from 0
     q_start = np.cumsum(gaps + np.asarray([0, *counts[:-1]]))
-    used = np.concatenate([a + np.arange(n) for a, n in zip(q_start, counts, strict=True)])
+    ranges = zip(q_start.tolist(), counts, strict=True)
+    used = np.concatenate([np.arange(a, a + n, dtype=np.int64) for a, n in ranges])
     total = total or int(q_start[-1] + counts[-1] + 2)
 
     def rows(width: int) -> jax.Array:

@@ -1,16 +1,18 @@
 """What the device is, and which backend of an operation a call gets."""
 
+import dataclasses
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from interpreted import MOSAIC_GPU
+from jax.sharding import AbstractMesh
+from lowered import only
 
 from pallas_kernels.backend import Backend, choose, explain, needs_gpu
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.paged_attention import PagedProblem
-from pallas_kernels.paged_decode import BACKENDS
+from pallas_kernels.paged_decode import BACKENDS, mosaic_gpu
 from pallas_kernels.paged_prefill import BACKENDS as PREFILL_BACKENDS
 
 H200 = Device(platform="gpu", kind="NVIDIA H200", num_cores=132)
@@ -18,8 +20,7 @@ CPU = Device(platform="cpu", kind="cpu", num_cores=None)
 
 
 def abstract(kind: str = "NVIDIA H200", cores: int = 132, platform: str = "gpu"):
-    mesh = AbstractMesh((), (), abstract_device=AbstractDevice(kind, cores, platform))
-    return jax.sharding.use_abstract_mesh(mesh)
+    return jax.sharding.use_abstract_mesh(only(kind, cores, platform))
 
 
 @pytest.fixture
@@ -76,6 +77,28 @@ class TestCurrentDevice:
             assert current_device().platform == jax.devices()[0].platform
 
 
+@pytest.mark.parametrize(
+    ("kind", "hopper"),
+    [
+        ("NVIDIA H200", True),
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H100 PCIe", True),
+        ("NVIDIA H100 NVL", True),
+        ("NVIDIA H800", True),
+        ("NVIDIA H20", True),
+        ("NVIDIA GH200 480GB", True),
+        ("NVIDIA A100-SXM4-80GB", False),
+        ("NVIDIA B200", False),
+        ("NVIDIA GB200", False),
+        ("NVIDIA L40S", False),
+        ("NVIDIA GeForce RTX 4090", False),
+        ("cpu", False),
+    ],
+)
+def test_is_hopper(kind, hopper):
+    assert Device(platform="gpu", kind=kind, num_cores=None).is_hopper is hopper
+
+
 def ran(*args):
     return args
 
@@ -87,6 +110,12 @@ FAST = Backend(
     unsupported=lambda problem: "too odd" if problem % 2 else None,
 )
 SLOW = Backend(name="reference", run=ran)
+WIDE = Backend(
+    name="mosaic_gpu",
+    run=ran,
+    unfit=needs_gpu,
+    outrun=lambda problem: "too small" if problem < 10 else None,
+)
 
 
 class TestChoose:
@@ -104,7 +133,7 @@ class TestChoose:
 
     @pytest.mark.parametrize("name", ["cuda", "", "Triton", "reference "])
     def test_unknown_name(self, name):
-        text = f"backend: got {name!r}, expected None or one of triton, reference"
+        text = f"backend: got {name!r}, expected None or one of mosaic_gpu, triton, reference"
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             choose("op", (FAST, SLOW), 2, name)
 
@@ -121,21 +150,49 @@ class TestChoose:
         with pytest.raises(NotImplementedError, match=r"^op: no backend can run 3; see explain"):
             choose("op", (FAST,), 3, None)
 
+    def test_outrun(self):
+        """It is taken where it is fastest, where it is named, and where nothing else can."""
+        with abstract():
+            assert choose("op", (WIDE, FAST, SLOW), 12, None) is WIDE
+            assert choose("op", (WIDE, FAST, SLOW), 8, None) is FAST
+            assert choose("op", (WIDE, FAST, SLOW), 7, None) is SLOW
+            assert choose("op", (WIDE, FAST), 7, None) is WIDE
+            assert choose("op", (WIDE, FAST, SLOW), 8, "mosaic_gpu") is WIDE
+        assert choose("op", (WIDE, FAST, SLOW), 12, None) is SLOW
 
-def problem(latent: int = 512, rope: int = 64) -> PagedProblem:
-    q_nope, q_pe = jnp.zeros((1, 1, 16, latent)), jnp.zeros((1, 1, 16, rope))
-    pool = jnp.zeros((9, 1, latent))
-    return PagedProblem.of("paged_decode", q_nope, q_pe, pool, jnp.zeros(9, jnp.int32), 1)
+    def test_all_are_outrun(self):
+        both = (WIDE, dataclasses.replace(WIDE, name="triton"))
+        with abstract():
+            assert choose("op", both, 2, None) is WIDE
+
+
+def problem(
+    heads: int = 16, latent: int = 512, rope: int = 64, page_size: int = 64, tokens: int = 1
+) -> PagedProblem:
+    return PagedProblem(
+        op="paged_decode",
+        batch=1,
+        tokens=tokens,
+        heads=heads,
+        latent=latent,
+        rope=rope,
+        page_size=page_size,
+        dtype="bfloat16",
+        num_ids=9,
+    )
 
 
 @pytest.mark.parametrize("backends", [BACKENDS, PREFILL_BACKENDS], ids=["decode", "prefill"])
 class TestExplain:
     def test_on_a_gpu(self, backends):
-        assert explain(backends, problem(), H200) == {"triton": None, "reference": None}
+        reasons = explain(backends, problem(), H200)
+        assert (reasons["triton"], reasons["reference"]) == (None, None)
+        assert list(reasons)[-2:] == ["triton", "reference"]
         assert explain(backends, problem(rope=0), H200)["triton"] is None
 
     def test_on_a_cpu(self, backends):
         reasons = explain(backends, problem(), CPU)
+        assert reasons.pop("mosaic_gpu", None) in (None, "needs a Hopper GPU, this is a cpu (cpu)")
         assert reasons == {"triton": "needs a GPU, this is a cpu (cpu)", "reference": None}
 
     @pytest.mark.parametrize(
@@ -150,7 +207,86 @@ class TestExplain:
         assert explain(backends, problem(**sizes), H200)["triton"] == reason
 
     def test_none_never_picks_what_explain_refuses(self, backends):
-        for sizes in ({}, {"latent": 48}, {"rope": 0}):
+        for sizes in ({}, {"heads": 128}, {"latent": 48}, {"rope": 0}, {"latent": 64, "heads": 64}):
             with abstract():
                 chosen = choose("op", backends, problem(**sizes), None)
                 assert explain(backends, problem(**sizes), current_device())[chosen.name] is None
+
+
+class TestMosaicDecode:
+    """What `paged_decode` says of its Mosaic GPU backend."""
+
+    def test_explain(self):
+        def reason(device: Device) -> str | None:
+            return explain(BACKENDS, problem(), device)["mosaic_gpu"]
+
+        assert next(iter(explain(BACKENDS, problem(), H200))) == "mosaic_gpu"
+        if MOSAIC_GPU:
+            assert reason(H200) is None
+        else:
+            assert str(reason(H200)).startswith(f"jax is {jax.__version__}, Mosaic GPU's copies")
+        a100 = Device(platform="gpu", kind="NVIDIA A100-SXM4-80GB", num_cores=108)
+        assert reason(a100) == f"needs a Hopper GPU, this is a {a100}"
+        assert reason(CPU) == "needs a Hopper GPU, this is a cpu (cpu)"
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"dtype": "float32"}, "the dtype is float32, the tensor cores take"),
+            *(({"latent": size}, f"latent is {size}, two halves") for size in (64, 192, 320, 640)),
+            *(
+                ({"rope": size}, f"rope is {size}, a box of columns is 64")
+                for size in (16, 32, 128)
+            ),
+            *(
+                ({"page_size": size}, f"the page size is {size},")
+                for size in (1, 4, 12, 24, 48, 96)
+            ),
+        ],
+        ids=str,
+    )
+    def test_unsupported(self, monkeypatch, changes, reason):
+        monkeypatch.setattr(mosaic_gpu, "OLDEST_JAX", (0, 0))
+        said = mosaic_gpu.unsupported(dataclasses.replace(problem(), **changes))
+        assert said is not None
+        assert said.startswith(reason)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"dtype": "float16"},
+            *({"latent": size} for size in (128, 256, 384, 512)),
+            {"rope": 0},
+            *({"page_size": size} for size in (8, 16, 32, 64, 128, 192, 1024)),
+            *({"heads": heads} for heads in (1, 7, 126, 1000)),
+            {"tokens": 8},
+        ],
+        ids=str,
+    )
+    def test_supported(self, monkeypatch, changes):
+        monkeypatch.setattr(mosaic_gpu, "OLDEST_JAX", (0, 0))
+        assert mosaic_gpu.unsupported(dataclasses.replace(problem(), **changes)) is None
+
+    def test_unsupported_by_an_old_jax(self, monkeypatch):
+        monkeypatch.setattr(mosaic_gpu, "OLDEST_JAX", (99, 0))
+        said = mosaic_gpu.unsupported(problem())
+        assert said is not None
+        assert said.startswith(f"jax is {jax.__version__}, Mosaic GPU's copies")
+
+    def test_outrun(self):
+        """Up to FEW_ROWS rows of a request: heads times query tokens."""
+        few = mosaic_gpu.FEW_ROWS
+        for heads, tokens in ((1, 1), (few, 1), (few // 8, 8)):
+            said = mosaic_gpu.outrun(problem(heads=heads, tokens=tokens))
+            assert said is not None
+            assert said.startswith(f"{heads * tokens} query rows")
+        for heads, tokens in ((few + 1, 1), (128, 1), (few // 8 + 1, 8), (few, 2)):
+            assert mosaic_gpu.outrun(problem(heads=heads, tokens=tokens)) is None
+
+    def test_choice(self):
+        for heads, want in ((16, "triton"), (128, "mosaic_gpu" if MOSAIC_GPU else "triton")):
+            with abstract():
+                assert choose("op", BACKENDS, problem(heads=heads), None).name == want
+            with abstract("NVIDIA A100-SXM4-80GB", 108):
+                assert choose("op", BACKENDS, problem(heads=heads), None).name == "triton"
+            assert choose("op", BACKENDS, problem(heads=heads), None).name == "reference"

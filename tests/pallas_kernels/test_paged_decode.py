@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,12 @@ import pytest
 from flash_mla_tolerance import SM_SCALE, assert_flash_mla, draw, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreted import needs_mosaic_gpu, no_races
 from oracles import GARBAGE, QUICK_COMPILE, PagedCase, assert_within, make_paged, paged_attention
 
-from pallas_kernels.paged_decode import paged_decode
+from pallas_kernels.paged_attention.mosaic_gpu import PAIR
+from pallas_kernels.paged_decode import mosaic_gpu, paged_decode
+from pallas_kernels.schedule import plan_workers
 
 # Bounds on quantiles of the absolute error; values are of the order of 1.
 OUT = {
@@ -27,6 +31,16 @@ few = functools.partial(
     settings, deadline=None, suppress_health_check=[HealthCheck.differing_executors]
 )
 SEEDS = st.integers(0, 2**32 - 1)
+
+
+def each(argument: str, of: str):
+    """Runs a test of the suite with each `argument` that the class has in its attribute `of`."""
+
+    def mark(test):
+        test.each = argument, of
+        return test
+
+    return mark
 
 
 def ragged(page_size: int) -> tuple[int, ...]:
@@ -45,88 +59,148 @@ def jitted(backend: str, interpret: bool, num_splits: int | None):
 
 
 class PagedDecodeSuite:
-    """What every backend does; a subclass names one."""
+    """What every backend does; a subclass names one, and the sizes that it is asked for."""
 
     backend: str
     interpret: bool
 
+    dtype = "float32"
+    latent, rope = 64, 16
+    ropes: Sequence[int] = (0, 16)
+    widths: Sequence[tuple[int, int]] = ((16, 0), (64, 64), (256, 32), (512, 64))
+    """Pairs of latent and rope."""
+    page_sizes: Sequence[int] = (1, 3, 16, 32, 64, 128, 256)
+    some_page_sizes: Sequence[int] = (1, 3, 16, 64)
+    head_counts: Sequence[int] = (1, 16, 40, 128)
+    many_tokens: Sequence[tuple[int, int]] = ((2, 5), (3, 5), (5, 5), (8, 5))
+    """Query tokens, and heads with them."""
+    half_precision: Sequence[tuple[int, int]] = ((3, 1), (64, 3))
+    """Page sizes and query tokens: one block of rows, and more, which have other tiles."""
+    longest = 200
+    examples = 10
+
+    def pytest_generate_tests(self, metafunc) -> None:
+        if each := getattr(metafunc.function, "each", None):
+            argument, attribute = each
+            metafunc.parametrize(argument, getattr(metafunc.cls, attribute), ids=str)
+
+    def make(self, rng: np.random.Generator, **sizes) -> PagedCase:
+        """`make_paged` with the backend's dtype and widths, where `sizes` has no others."""
+        widths = {"latent": self.latent, "rope": self.rope, "dtype": self.dtype}
+        return make_paged(rng, **{**widths, **sizes})
+
     def call(self, case: PagedCase, sm_scale: float, num_splits: int | None = 1):
         return jitted(self.backend, self.interpret, num_splits)(sm_scale, *case.args)
 
-    def check(self, case: PagedCase, num_splits: int | None = 1) -> None:
-        sm_scale = (case.q_nope.shape[-1] + case.q_pe.shape[-1]) ** -0.5  # scores of order 1
-        out, lse = self.call(case, sm_scale, num_splits)
+    def compare(self, results, case: PagedCase, sm_scale: float) -> None:
+        """(out, lse) are the oracle's of `case`."""
+        out, lse = results
         want_out, want_lse = paged_attention(case, sm_scale)
         assert out.dtype == case.q_nope.dtype
         assert lse.dtype == jnp.float32
         assert_within(out, want_out, OUT[str(out.dtype)])
         assert_within(lse, want_lse, LSE)
 
-    @pytest.mark.parametrize("page_size", [1, 3, 16, 32, 64, 128, 256])
+    def check(self, case: PagedCase, num_splits: int | None = 1) -> None:
+        sm_scale = (case.q_nope.shape[-1] + case.q_pe.shape[-1]) ** -0.5  # scores of order 1
+        self.compare(self.call(case, sm_scale, num_splits), case, sm_scale)
+
+    def check_large(self, case: PagedCase, sm_scale: float) -> np.ndarray:
+        """The oracle's lse, for scores that are large in float32 too."""
+        out, lse = self.call(case, sm_scale)
+        want_out, want_lse = paged_attention(case, sm_scale)
+        small = OUT[self.dtype]
+        assert_within(out, want_out, {0.99: max(2e-3, small[0.99]), 1.0: max(1e-2, small[1.0])})
+        assert_within(lse, want_lse, {1.0: 2e-3})
+        return want_lse
+
+    def make_long(self, rng: np.random.Generator, *lengths: int) -> PagedCase:
+        """Two requests, at most the longest; the shapes do not depend on the lengths."""
+        number = 2 * self.longest // 16
+        return self.make(
+            rng, lengths=lengths, page_size=16, heads=8, num_pages=number, num_ids=number
+        )
+
+    @each("page_size", of="page_sizes")
     def test_page_sizes(self, rng, page_size):
-        case = make_paged(rng, lengths=ragged(page_size), page_size=page_size, heads=8)
+        case = self.make(rng, lengths=ragged(page_size), page_size=page_size, heads=8)
         self.check(case, num_splits=3)
 
-    @pytest.mark.parametrize("heads", [1, 16, 40, 128])
+    @each("heads", of="head_counts")
     def test_heads(self, rng, heads):
         """Split as the lengths and the cores ask for."""
-        self.check(make_paged(rng, lengths=(0, 70, 5), page_size=32, heads=heads), num_splits=None)
+        self.check(self.make(rng, lengths=(0, 70, 5), page_size=32, heads=heads), num_splits=None)
 
-    @pytest.mark.parametrize(("page_size", "tokens"), [(3, 1), (64, 3)])
+    @each("sizes", of="half_precision")
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    def test_half_precision(self, rng, dtype, page_size, tokens):
-        """One block of rows, and more, which have other tiles."""
+    def test_half_precision(self, rng, dtype, sizes):
+        page_size, tokens = sizes
         lengths = (*ragged(page_size), 200)
-        case = make_paged(
+        case = self.make(
             rng, lengths=lengths, page_size=page_size, heads=15, tokens=tokens, dtype=dtype
         )
         self.check(case, num_splits=2)
 
-    @pytest.mark.parametrize("tokens", [2, 3, 5, 8])
-    def test_query_tokens(self, rng, tokens):
+    @each("sizes", of="many_tokens")
+    def test_query_tokens(self, rng, sizes):
         """Lengths below `tokens`, whose first queries see no key, and a full last tile of keys."""
+        tokens, heads = sizes
         lengths = (0, 1, tokens - 1, tokens, tokens + 1, 45, 64)
-        self.check(make_paged(rng, lengths=lengths, page_size=16, heads=5, tokens=tokens))
+        self.check(self.make(rng, lengths=lengths, page_size=16, heads=heads, tokens=tokens))
 
     @pytest.mark.parametrize("num_splits", [1, 3, 8, None])
     def test_splits(self, rng, num_splits):
         """More splits than blocks of keys too: the rest of them are empty."""
-        case = make_paged(rng, lengths=(0, 1, 33, 200), page_size=16, heads=8)
+        case = self.make(rng, lengths=(0, 1, 33, self.longest), page_size=16, heads=8)
         self.check(case, num_splits=num_splits)
 
-    @pytest.mark.parametrize(("latent", "rope"), [(16, 0), (64, 64), (256, 32), (512, 64)])
-    def test_widths(self, rng, latent, rope):
-        self.check(
-            make_paged(rng, lengths=(0, 17, 65), page_size=64, heads=8, latent=latent, rope=rope)
-        )
+    @each("widths", of="widths")
+    def test_widths(self, rng, widths):
+        latent, rope = widths
+        lengths = (0, 17, 65)
+        self.check(self.make(rng, lengths=lengths, page_size=64, heads=8, latent=latent, rope=rope))
 
-    def test_large_scores(self, rng):
-        """Scores of hundreds: the running maximum keeps exponentials in range."""
-        case = make_paged(rng, lengths=(100, 7), page_size=16, heads=8)
-        out, lse = self.call(case, 20.0)
-        want_out, want_lse = paged_attention(case, 20.0)
-        assert np.abs(want_lse).max() > 200
-        assert_within(out, want_out, {0.99: 2e-3, 1.0: 1e-2})
-        assert_within(lse, want_lse, {1.0: 2e-3})
+    @pytest.mark.parametrize("sm_scale", [7.0, 20.0])
+    def test_large_scores(self, rng, sm_scale):
+        """The running maximum keeps exponentials in range."""
+        case = self.make_long(rng, self.longest, 7)
+        assert np.abs(self.check_large(case, sm_scale)).max() > 100
+
+    @pytest.mark.parametrize("rise", [0.05, 0.4, 3.0])
+    def test_rising_scores(self, rng, rise):
+        """From key to key, by up to `rise`, and as much down in other heads: a maximum that moves
+        with each few keys, with none, or with every one."""
+        case = self.make_long(rng, self.longest, 90)
+        page_size, number = case.ckv_cache.shape[1], len(case.kpe_cache)
+        place = np.zeros(number)
+        for start, length in zip(np.asarray(case.start), np.asarray(case.length), strict=True):
+            pages = np.asarray(case.page_ids)[start:][: -(-length // page_size)]
+            place[pages] = np.arange(len(pages)) * page_size
+        keys = place[:, None] + np.arange(page_size)
+        slope = np.linspace(-1, 1, 8)[:, None].repeat(self.rope, 1) * rise
+        kpe = np.where(np.isnan(case.kpe_cache), np.nan, keys[..., None] / self.rope)
+        case = dataclasses.replace(
+            case,
+            q_nope=case.q_nope / 8,
+            q_pe=jnp.broadcast_to(jnp.asarray(slope, self.dtype), case.q_pe.shape),
+            kpe_cache=jnp.asarray(kpe, self.dtype),
+        )
+        self.check_large(case, 1.0)
 
     def test_nothing_cached(self, rng):
-        case = make_paged(rng, lengths=(0, 0), page_size=16, heads=3)
+        case = self.make(rng, lengths=(0, 0), page_size=16, heads=3)
         out, lse = self.call(case, 0.1)
         np.testing.assert_array_equal(out, np.zeros(out.shape))
         np.testing.assert_array_equal(lse, np.full(lse.shape, -np.inf))
 
     def test_without_jit(self, rng):
-        case = make_paged(rng, lengths=(20, 0), page_size=16, heads=2)
-        out, lse = paged_decode(
-            *case.args, sm_scale=0.3, num_splits=1, backend=self.backend, interpret=self.interpret
-        )
-        want_out, want_lse = paged_attention(case, 0.3)
-        assert_within(out, want_out, OUT["float32"])
-        assert_within(lse, want_lse, LSE)
+        case = self.make(rng, lengths=(20, 0), page_size=16, heads=2)
+        options = {"num_splits": 1, "backend": self.backend, "interpret": self.interpret}
+        self.compare(paged_decode(*case.args, sm_scale=0.3, **options), case, 0.3)
 
     def test_block_table(self, rng):
         """The adapter that the docstring promises: ids = table.ravel(), start = b * max_pages."""
-        case = make_paged(rng, lengths=(40, 0, 16), page_size=16, heads=4)
+        case = self.make(rng, lengths=(40, 0, 16), page_size=16, heads=4)
         table = np.full((3, 4), -1, np.int32)
         for row, start, length in zip(table, case.start, (40, 0, 16), strict=True):
             count = -(-length // 16)
@@ -150,55 +224,47 @@ class PagedDecodeSuite:
             )
 
         for lengths, sm_scale in (((0, 0), 0.1), ((1, 40), 0.1), ((200, 16), 0.2), ((17, 5), 0.3)):
-            case = make_paged(rng, lengths=lengths, page_size=16, heads=4, num_pages=30, num_ids=40)
-            out, lse = run(sm_scale, *case.args)
-            want_out, want_lse = paged_attention(case, sm_scale)
-            assert_within(out, want_out, OUT["float32"])
-            assert_within(lse, want_lse, LSE)
+            case = self.make(rng, lengths=lengths, page_size=16, heads=4, num_pages=30, num_ids=40)
+            self.compare(run(sm_scale, *case.args), case, sm_scale)
         assert traces == 1
 
     def test_in_scan(self, rng):
         """Growing lengths in a compiled loop."""
-        case = make_paged(rng, lengths=(70, 35), page_size=16, heads=4)
+        case = self.make(rng, lengths=(70, 35), page_size=16, heads=4)
         lengths = jnp.asarray([[0, 0], [16, 17], [69, 1], [70, 35]], jnp.int32)
 
         @jax.jit
         def loop(lengths):
             def step(total, length):
-                out, lse = paged_decode(
+                results = paged_decode(
                     *dataclasses.replace(case, length=length).args,
                     sm_scale=0.25,
                     num_splits=2,
                     backend=self.backend,
                     interpret=self.interpret,
                 )
-                return total + length.sum(), (out, lse)
+                return total + length.sum(), results
 
             return jax.lax.scan(step, jnp.int32(0), lengths)
 
-        _, (outs, lses) = loop(lengths)
-        for length, out, lse in zip(lengths, outs, lses, strict=True):
-            want_out, want_lse = paged_attention(dataclasses.replace(case, length=length), 0.25)
-            assert_within(out, want_out, OUT["float32"])
-            assert_within(lse, want_lse, LSE)
+        _, results = loop(lengths)
+        for length, *result in zip(lengths, *results, strict=True):
+            self.compare(result, dataclasses.replace(case, length=length), 0.25)
 
     def test_ids_out_of_range(self, rng):
         """Those of used pages too: the nearest page of the pool is read instead."""
-        case = make_paged(rng, lengths=(0, 70, 33, 9), page_size=16, heads=3)
+        case = self.make(rng, lengths=(0, 70, 33, 9), page_size=16, heads=3)
         finite = [jnp.nan_to_num(pool) for pool in (case.ckv_cache, case.kpe_cache)]
         case = dataclasses.replace(case, ckv_cache=finite[0], kpe_cache=finite[1])
         replaced = rng.random(len(case.page_ids)) < 0.5
         ids = np.where(replaced, rng.choice(GARBAGE, replaced.size), np.asarray(case.page_ids))
         inside = np.clip(ids, 0, len(finite[0]) - 1)
         sm_scale = 0.1
-        out, lse = self.call(
+        results = self.call(
             dataclasses.replace(case, page_ids=jnp.asarray(ids, jnp.int32)), sm_scale
         )
-        want_out, want_lse = paged_attention(
-            dataclasses.replace(case, page_ids=jnp.asarray(inside, jnp.int32)), sm_scale
-        )
-        assert_within(out, want_out, OUT["float32"])
-        assert_within(lse, want_lse, LSE)
+        same = dataclasses.replace(case, page_ids=jnp.asarray(inside, jnp.int32))
+        self.compare(results, same, sm_scale)
 
     def check_finite(self, case: PagedCase, num_splits: int | None, empty: list[bool]) -> None:
         """`case` over finite pools: requests are `empty` or not, and nothing is NaN."""
@@ -211,7 +277,7 @@ class PagedDecodeSuite:
     @pytest.mark.parametrize("num_splits", [3, None])
     def test_garbage_in_traced_values(self, rng, num_splits):
         """A start or a length that leads out of the ids reads some page, or none."""
-        case = make_paged(rng, lengths=(40, 30, 20, 10, 50, 60), page_size=16, heads=3)
+        case = self.make(rng, lengths=(40, 30, 20, 10, 50, 60), page_size=16, heads=3)
         start = jnp.asarray([-5, 2**31 - 1, -(2**31), 0, 3, 1000], jnp.int32)
         length = jnp.asarray([40, 30, 20, -1, -(2**31), 60], jnp.int32)
         changed = dataclasses.replace(case, start=start, length=length)
@@ -219,50 +285,53 @@ class PagedDecodeSuite:
 
     def test_longer_than_the_ids(self, rng):
         """Lengths that the ids cannot hold read some pages."""
-        case = make_paged(rng, lengths=(5, 3, 0), page_size=1, heads=3)
+        case = self.make(rng, lengths=(5, 3, 0), page_size=self.page_sizes[0], heads=3)
         changed = dataclasses.replace(case, length=jnp.asarray([500, 900, 0], jnp.int32))
         self.check_finite(changed, None, [False, False, True])
 
-    @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+    @each("page_size", of="some_page_sizes")
     def test_any_lengths(self, page_size):
         """Shapes stay, so that this compiles once: lengths, page order, ids and contents vary."""
 
-        @few(max_examples=10)
-        @given(lengths=st.tuples(*[st.integers(0, 96)] * 3), seed=SEEDS)
+        @few(max_examples=self.examples)
+        @given(lengths=st.tuples(*[st.integers(0, self.longest // 2)] * 3), seed=SEEDS)
         def check(lengths, seed):
-            case = make_paged(
+            case = self.make(
                 np.random.default_rng(seed),
                 lengths=lengths,
                 page_size=page_size,
                 heads=3,
                 tokens=2,
-                num_pages=300 // page_size + 8,
-                num_ids=300 // page_size + 14,
+                num_pages=2 * self.longest // page_size + 8,
+                num_ids=2 * self.longest // page_size + 14,
             )
             self.check(case, num_splits=None)
 
         check()
 
-    @few(max_examples=6)
-    @given(
-        lengths=st.lists(st.integers(0, 140), min_size=1, max_size=3),
-        page_size=st.sampled_from([1, 3, 16, 32, 64, 128, 256]),
-        heads=st.sampled_from([1, 2, 4, 5, 8, 16, 20, 32, 64]),
-        tokens=st.integers(1, 8),
-        rope=st.sampled_from([0, 16]),
-        num_splits=st.sampled_from([1, 2, 5, None]),
-        seed=SEEDS,
-    )
-    def test_any_shapes(self, lengths, page_size, heads, tokens, rope, num_splits, seed):
-        case = make_paged(
-            np.random.default_rng(seed),
-            lengths=tuple(lengths),
-            page_size=page_size,
-            heads=heads,
-            tokens=tokens,
-            rope=rope,
+    def test_any_shapes(self):
+        @few(max_examples=min(self.examples, 6))
+        @given(
+            lengths=st.lists(st.integers(0, 140), min_size=1, max_size=3),
+            page_size=st.sampled_from(self.page_sizes),
+            heads=st.sampled_from([1, 2, 4, 5, 8, 16, 20, 32, 64]),
+            tokens=st.integers(1, 8),
+            rope=st.sampled_from(self.ropes),
+            num_splits=st.sampled_from([1, 2, 5, None]),
+            seed=SEEDS,
         )
-        self.check(case, num_splits=num_splits)
+        def check(lengths, page_size, heads, tokens, rope, num_splits, seed):
+            case = self.make(
+                np.random.default_rng(seed),
+                lengths=tuple(lengths),
+                page_size=page_size,
+                heads=heads,
+                tokens=tokens,
+                rope=rope,
+            )
+            self.check(case, num_splits=num_splits)
+
+        check()
 
 
 class TestReference(PagedDecodeSuite):
@@ -280,33 +349,41 @@ class TestReference(PagedDecodeSuite):
         self.check(make_paged(rng, lengths=(256, 257, 700, 3), page_size=64, heads=2, tokens=2))
 
 
-class TestTritonInterpreted(PagedDecodeSuite):
-    backend, interpret = "triton", True
+class KernelSuite(PagedDecodeSuite):
+    """What a Pallas kernel does besides, in its interpreter."""
 
-    @pytest.mark.parametrize(("heads", "tokens"), [(3, 1), (128, 5)])
-    def test_deterministic(self, rng, heads, tokens):
-        """To the bit, whatever else is in the batch: requests that are split, and more rows than
-        the merge takes in its usual way, where the batch has them and a request has not."""
+    interpret = True
+    narrowest = (16, 0)
+    split_lengths = (300, 900)
+    """Within these, a request is split where the result must be deterministic."""
+    split_heads: Sequence[tuple[int, int]] = ((3, 1), (128, 5))
+    """Heads and query tokens: the last have more rows than the merge takes in its usual way, in
+    the batch but not in a request."""
+    flash_mla_heads: Sequence[int] = (1, 3, 9)
+
+    @each("sizes", of="split_heads")
+    def test_deterministic(self, rng, sizes):
+        """To the bit, whatever else is in the batch, with requests that are split."""
+        heads, tokens = sizes
 
         @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
         def run(*args):
-            options = {"backend": "triton", "interpret": True, "deterministic": True}
+            options = {"backend": self.backend, "interpret": True, "deterministic": True}
             return paged_decode(*args, sm_scale=0.3, **options)
 
-        drawn = tuple(rng.integers(300, 900, 2).tolist())
-        case = make_paged(
+        drawn = tuple(rng.integers(*self.split_lengths, 2).tolist())
+        latent, rope = self.narrowest
+        case = self.make(
             rng,
             lengths=(*drawn, 0, 17),
             page_size=16,
             heads=heads,
             tokens=tokens,
-            latent=16,
-            rope=0,
+            latent=latent,
+            rope=rope,
         )
         want = run(*case.args)
-        want_out, want_lse = paged_attention(case, 0.3)
-        assert_within(want[0], want_out, OUT["float32"])
-        assert_within(want[1], want_lse, LSE)
+        self.compare(want, case, 0.3)
 
         def same(chosen, **changes) -> None:
             fields = ("q_nope", "q_pe", "start", "length")
@@ -325,16 +402,124 @@ class TestTritonInterpreted(PagedDecodeSuite):
         for request in (0, 1):
             same([request], page_ids=wider)
 
+    @each("heads", of="flash_mla_heads")
+    @pytest.mark.parametrize(("batch", "tokens"), [(1, 2), (2, 1)])
+    def test_flash_mla_grid(self, seed, batch, tokens, heads):
+        """A corner of FlashMLA's grid at its tolerances; the whole of it runs on a GPU."""
+        for keys in (20, 140):
+            lengths = np.full(batch, keys)
+            case, unpaged = draw(seed, lengths, tokens=tokens, heads=heads, most_keys=192)
+            out, lse = self.call(case, SM_SCALE, None)
+            assert_flash_mla(out, lse, reference(case, unpaged))
 
-@pytest.mark.parametrize("heads", [1, 3, 9])
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 2), (2, 1)])
-def test_flash_mla_grid(seed, batch, tokens, heads):
-    """A corner of FlashMLA's grid at its tolerances; the whole of it runs on a GPU."""
-    for keys in (20, 140):
-        lengths = np.full(batch, keys)
-        case, unpaged = draw(seed, lengths, tokens=tokens, heads=heads, most_keys=192)
-        out, lse = jitted("triton", True, None)(SM_SCALE, *case.args)
-        assert_flash_mla(out, lse, reference(case, unpaged))
+
+class TestTritonInterpreted(KernelSuite):
+    backend = "triton"
+
+
+@needs_mosaic_gpu
+class TestMosaicInterpreted(KernelSuite):
+    """A block of up to 64 rows, and, beyond, clusters of two blocks; no race in any call."""
+
+    backend = "mosaic_gpu"
+
+    dtype = "bfloat16"
+    latent, rope = 128, 64
+    ropes = (0, 64)
+    widths = ((128, 0), (256, 64), (384, 64), (512, 64))
+    page_sizes = (8, 16, 32, 64, 128, 256)
+    some_page_sizes = (8, 64, 128)
+    head_counts = (1, 3, 9, 16, 64, 65, 126, 128)
+    many_tokens = ((2, 64), (3, 43), (4, 5), (5, 16), (8, 9))
+    half_precision = ((8, 1), (128, 5))
+    longest = 700
+    examples = 3
+
+    narrowest = (128, 0)
+    split_lengths = (1030, 1200)
+    split_heads = ((33, 2),)
+    flash_mla_heads = (126,)
+
+    @pytest.fixture(autouse=True)
+    def four_cores(self, monkeypatch):
+        """A CPU has no number of cores, and the default one would give each segment a worker."""
+        monkeypatch.setattr(mosaic_gpu, "DEFAULT_CORES", 4)
+
+    @pytest.fixture(autouse=True)
+    def no_races(self):
+        with no_races():
+            yield
+
+    def check_plan(self, monkeypatch, case: PagedCase) -> tuple[list[int], list[int]]:
+        """As the lengths and the cores ask for: (segments of each worker, of each request)."""
+        asked = []
+
+        def noted(steps, workers):
+            asked.append(workers)
+            return plan_workers(steps, workers)
+
+        monkeypatch.setattr(mosaic_gpu, "plan_workers", noted)
+        self.check(case, num_splits=None)
+        [workers] = set(asked)
+        steps = (case.length + (PAIR - 1)) // PAIR
+        plan = jax.jit(plan_workers, static_argnums=1)(steps, workers)
+        return np.diff(np.asarray(plan.first)).tolist(), plan.split.parts.tolist()
+
+    @pytest.mark.parametrize(("heads", "workers"), [(8, 4), (128, 2)])
+    def test_several_segments_of_a_worker(self, rng, monkeypatch, heads, workers):
+        """The next segment's queries and keys load while the last one computes; some are empty,
+        and some have an odd number of tiles."""
+        lengths = (130, 0, 1, 64, 200, 0, 65, 128, 300, 17, 0)
+        case = self.make(rng, lengths=lengths, page_size=16, heads=heads)
+        of_worker, _ = self.check_plan(monkeypatch, case)
+        assert len(of_worker) == workers
+        assert max(of_worker) >= 3
+
+    @pytest.mark.parametrize(("heads", "workers"), [(8, 4), (128, 2)])
+    def test_a_request_over_all_workers(self, rng, monkeypatch, heads, workers):
+        case = self.make(rng, lengths=(1500,), page_size=64, heads=heads)
+        assert self.check_plan(monkeypatch, case) == ([1] * workers, [workers])
+
+    def test_vmap(self, rng):
+        """Queries, lengths and starts of two calls over the same pools: one launch for both."""
+        lengths = (70, 17, 0, 129)
+        case = self.make(rng, lengths=lengths, page_size=16, heads=65)
+        fields = ("q_nope", "q_pe", "start", "length")
+        halves = {name: jnp.stack(jnp.split(getattr(case, name), 2)) for name in fields}
+        mapped = dataclasses.replace(case, **halves)
+        ids = jnp.stack([case.page_ids] * 2)
+        mapped = dataclasses.replace(mapped, page_ids=ids)
+
+        def run(*args):
+            return paged_decode(*args, sm_scale=0.07, backend=self.backend, interpret=True)
+
+        run = jax.jit(jax.vmap(run, (0, 0, None, None, 0, 0, 0)), compiler_options=QUICK_COMPILE)
+        out, lse = run(*mapped.args)
+        together = out.reshape(case.q_nope.shape), lse.reshape(case.q_nope.shape[:-1])
+        self.compare(together, case, 0.07)
+
+    def test_refuses_gradients(self, rng):
+        case = self.make(rng, lengths=(3,), page_size=16, heads=2)
+
+        def loss(q_nope):
+            args = dataclasses.replace(case, q_nope=q_nope).args
+            return paged_decode(*args, sm_scale=0.07, backend=self.backend, interpret=True)[1].sum()
+
+        with pytest.raises(NotImplementedError, match=r"^paged_decode: the Pallas backends"):
+            jax.grad(loss)(case.q_nope)
+        loss(case.q_nope)  # it is the gradient that is refused
+
+    def test_several_tiles_of_rows(self, rng):
+        """A request's rows in three clusters, the last of them short, each split or not."""
+        case = self.make(rng, lengths=(400, 129), page_size=64, heads=100, tokens=3)
+        self.check(case, num_splits=None)
+
+    @pytest.mark.parametrize("heads", [8, 128])
+    def test_tiles_of_keys(self, rng, heads):
+        """Each number of tiles, odd ones too, with a full last one, a short one, and one key."""
+        sizes = {"page_size": 64, "heads": heads, "num_pages": 18, "num_ids": 30}
+        for full in range(0, 320, 64):
+            self.check(self.make(rng, lengths=(full + 64, full + 40, full + 1), **sizes))
 
 
 def test_flash_mla_tolerance_can_fail(seed):

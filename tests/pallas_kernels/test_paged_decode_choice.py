@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from interpreted import needs_mosaic_gpu
+from lowered import H200
 from oracles import PagedCase, make_paged
 
 from pallas_kernels.paged_decode import paged_decode
-
-H200 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
 
 
 @pytest.fixture
@@ -133,7 +132,7 @@ def test_bad_splits(case, num_splits):
 
 
 def test_unknown_backend(case):
-    text = "backend: got 'cuda', expected None or one of triton, reference"
+    text = "backend: got 'cuda', expected None or one of mosaic_gpu, triton, reference"
     assert_refused(ValueError, text, case, backend="cuda")
 
 
@@ -150,6 +149,28 @@ def test_unsupported_by_triton(rng, sizes, reason):
     case = make_paged(rng, lengths=(9,), heads=1, **{"page_size": 16, **sizes})
     text = f"backend 'triton' cannot run this paged_decode: {reason}"
     assert_refused(NotImplementedError, text, case, backend="triton", interpret=True)
+    out, _ = paged_decode(*case.args, sm_scale=0.1)
+    assert np.isfinite(out).all()
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"dtype": "float32"}, "the dtype is float32, the tensor cores take bfloat16 and float16"),
+        (
+            {"page_size": 1},
+            "the page size is 1, the copy engine takes 8, 16, 32, or a multiple of 64",
+        ),
+    ],
+    ids=str,
+)
+def test_unsupported_by_mosaic_gpu(rng, sizes, reason):
+    """Nor does a named backend fall back; without a name, another one runs."""
+    able = {"latent": 128, "rope": 64, "page_size": 16, "dtype": "bfloat16"}
+    case = make_paged(rng, lengths=(9,), heads=1, **{**able, **sizes})
+    text = f"backend 'mosaic_gpu' cannot run this paged_decode: {reason}"
+    assert_refused(NotImplementedError, text, case, backend="mosaic_gpu", interpret=True)
     out, _ = paged_decode(*case.args, sm_scale=0.1)
     assert np.isfinite(out).all()
 

@@ -61,7 +61,7 @@ def walk(steps: list[int], plan: SplitPlan, work) -> list[list[tuple[int, int]]]
     every segment of a split unit has a slot of its own, and the unit's merge takes all of them.
     """
     plan = jax.tree.map(np.asarray, plan)
-    table, merges = (np.asarray(array) for array in work)
+    table, merges, splits = (np.asarray(array) for array in work)
     cuts = [[] for _ in steps]
     slots = {}
     lengths = []
@@ -97,7 +97,9 @@ def walk(steps: list[int], plan: SplitPlan, work) -> list[list[tuple[int, int]]]
     assert len(used) == len(set(used))
     assert all(0 <= slot < most_slots(len(table), len(steps)) for slot in used)
     merged = {}
-    for count, first, base, offset, owned in merges.tolist():
+    assert splits.tolist() == [len(slots)]
+    # The kernel looks no further.
+    for count, first, base, offset, owned in merges[: len(slots)].tolist():
         if count > 1:
             unit = base // 100
             assert [base, offset, owned] == [100 * unit + field + 1 for field in (0, 1, 3)]
