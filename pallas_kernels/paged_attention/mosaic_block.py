@@ -1,12 +1,13 @@
 """What the warpgroups of a block of the Mosaic GPU kernel share: sizes, names, the work table."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array
+
+from pallas_kernels.paged_attention.units import Segment
 
 ROWS = KEYS = BOX = 64
 """Query rows of a block, keys of a tile, columns of a swizzled box."""
@@ -28,21 +29,6 @@ class MosaicTiles:
 GROWTH = 8.0
 """A maximum stays where it is until a score passes it by a factor of 2**GROWTH: what it must do is
 keep exponentials in range, and as long as it stays, acc need not be rescaled."""
-
-
-class Segment(NamedTuple):
-    """A row of Work.segments, in a kernel."""
-
-    begin: Array
-    end: Array
-    slot: Array
-    base: Array
-    offset: Array
-    rows: Array
-    owned: Array
-    first_id: Array
-    length: Array
-    seen: Array
 
 
 class Block:

@@ -21,13 +21,13 @@ from pallas_kernels.paged_attention.mosaic_block import (
     LOWEST,
     ROWS,
     Block,
-    Segment,
 )
 from pallas_kernels.paged_attention.mosaic_inline import (
     fence,
     rescale_if_needed,
     synchronize,
 )
+from pallas_kernels.paged_attention.units import Segment
 
 
 def over_rows(v: Array, shape: tuple[int, ...]) -> Array:

@@ -10,7 +10,6 @@ latents so far.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.exponential import LOG2_E, NEG_INF, exp2
 from pallas_kernels.paged_attention.merge import merge_parts
 from pallas_kernels.paged_attention.tiles import PagedProblem, PagedTiles
-from pallas_kernels.paged_attention.units import Work
+from pallas_kernels.paged_attention.units import Segment, Work
 from pallas_kernels.precision import precision_for
 
 
@@ -34,21 +33,6 @@ def unsupported(problem: PagedProblem) -> str | None:
     if problem.latent > 512:
         return f"latent is {problem.latent}, a tile holds at most 512"
     return None
-
-
-class _Segment(NamedTuple):
-    """A row of Work.segments, in a kernel."""
-
-    begin: Array
-    end: Array
-    slot: Array
-    base: Array
-    offset: Array
-    rows: Array
-    owned: Array
-    first_id: Array
-    length: Array
-    seen: Array
 
 
 def _page_ids(ids_ref, num_pages, page_size, segment, block, keys):
@@ -84,7 +68,7 @@ def _kernel(*refs, tiles: PagedTiles, heads: int, rope: bool, interpret: bool):
     pool_refs = [inputs.pop(0) for _ in range(1 + rope)]  # [pages, page, C], and [.., R]
     ids_ref, scale_ref, segments_ref = inputs[:3]
     row_block, index = pl.program_id(0), pl.program_id(1)
-    segment = _Segment(*(segments_ref[index, i] for i in range(len(_Segment._fields))))
+    segment = Segment(*(segments_ref[index, i] for i in range(len(Segment._fields))))
 
     @pl.when(segment.owned > 0)
     def _():
@@ -98,7 +82,7 @@ def _kernel(*refs, tiles: PagedTiles, heads: int, rope: bool, interpret: bool):
 
 
 def _attend(
-    segment: _Segment,
+    segment: Segment,
     row_block,
     q_refs,
     pool_refs,

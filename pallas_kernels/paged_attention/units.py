@@ -26,13 +26,29 @@ class Units(NamedTuple):
     seen: Int[Array, " units"]
 
 
+class Segment(NamedTuple):
+    """A row of Work.segments, in a kernel: its first step, its last + 1, its slot or -1, and its
+    unit's fields."""
+
+    begin: Array
+    end: Array
+    slot: Array
+    base: Array
+    offset: Array
+    rows: Array
+    owned: Array
+    first_id: Array
+    length: Array
+    seen: Array
+
+
 class Work(NamedTuple):
     """A plan as the kernels read it: everything about one segment, or one merge, in one row.
 
     A block learns all that it needs to start from its row, so that no load waits for another.
     """
 
-    segments: Int[Array, "segments 10"]  # first step, last + 1, slot or -1, the fields of Units
+    segments: Int[Array, "segments 10"]  # the fields of Segment
     merges: Int[Array, "merges 5"]  # parts, first slot, the unit's base, offset and owned rows
     splits: Int[Array, "1"]  # how many merges there are, all at the beginning
 
