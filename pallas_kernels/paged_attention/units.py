@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.schedule import SplitPlan
+from pallas_kernels.schedule.arrays import positions, sum_before
 
 
 class Units(NamedTuple):
@@ -68,14 +69,13 @@ def pack(units: Units, plan: SplitPlan) -> Work:
     inside = jnp.minimum(plan.unit, num_units - 1)
     busy = plan.unit < num_units
     in_scratch = jnp.where(plan.parts > 1, plan.parts, 0)
-    first_slot = jnp.cumsum(in_scratch, dtype=jnp.int32) - in_scratch
+    first_slot = sum_before(in_scratch)
     slot = first_slot[inside] + plan.slot - plan.first_slot[inside]
     slot = jnp.where(busy & (in_scratch[inside] > 0), slot, -1)
     per_unit = jnp.where(busy[:, None], jnp.stack(units, axis=1)[inside], 0)
 
     most = min(num_units, num_segments - num_units)
-    [split] = jnp.nonzero(in_scratch, size=most, fill_value=num_units)
-    split = split.astype(jnp.int32)
+    split = positions(in_scratch > 0, most)
     merged = jnp.minimum(split, num_units - 1)
     parts = jnp.where(split < num_units, plan.parts[merged], 0)
     of_unit = (units.base[merged], units.offset[merged], units.owned[merged])

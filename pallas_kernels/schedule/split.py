@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.schedule.arrays import sorted_by, sum_before
+
 START_STEPS = 3
 """What starting a segment costs, in steps: the first loads, on which nothing can wait."""
 MERGE_STEPS = 2
@@ -49,18 +51,17 @@ def plan_segments(
     """
     length = jnp.maximum(_ceil_div(steps, jnp.maximum(_ceil_div(steps, share), 1)), 1)
     parts = jnp.maximum(_ceil_div(steps, length), 1)
-    past = jnp.cumsum(parts, dtype=jnp.int32)
+    first_slot = sum_before(parts)
+    past = first_slot + parts
     slot = jnp.arange(segments, dtype=jnp.int32)
     unit = jnp.searchsorted(past, slot, side="right", method="compare_all").astype(jnp.int32)
     inside = jnp.minimum(unit, steps.shape[0] - 1)
-    first_slot = past - parts
     begin = (slot - first_slot[inside]) * length[inside]
     end = jnp.minimum(begin + length[inside], steps[inside])
     made = unit, begin, end, slot
     if steps.shape[0] > 1:
         # A block that starts late must not be long: the launch would wait for it.
-        order = jnp.argsort(jnp.where(unit < steps.shape[0], begin - end, 1), stable=True)
-        made = tuple(array[order] for array in made)
+        made = sorted_by(jnp.where(unit < steps.shape[0], begin - end, 1), made)
     return SplitPlan(*made, first_slot=first_slot, parts=parts)
 
 

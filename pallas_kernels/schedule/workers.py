@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.schedule.arrays import COMPARED, sum_before
 from pallas_kernels.schedule.split import SplitPlan
 
 SEGMENT_STEPS = 2
@@ -24,8 +25,6 @@ FEWEST_STEPS = 2
 """The shortest piece of a unit that is worth its segment, where a worker has more to do."""
 MERGE_STEPS = 3
 """What merging the pieces of split units costs, in steps: a launch after the last piece."""
-MASKED_SUM = 1024
-"""Up to so many amounts are summed up by a mask of their square, which is one small launch."""
 
 
 class WorkerPlan(NamedTuple):
@@ -113,7 +112,7 @@ def spread(plan: SplitPlan, workers: int) -> Int[Array, " workers_plus_1"]:
     share = _ceil_div(jnp.sum(cost, dtype=jnp.int32), workers)
     index = jnp.arange(busy.shape[0], dtype=jnp.int32)
     few = jnp.sum(busy, dtype=jnp.int32) <= workers
-    owner = jnp.where(few, index, (_sum_before(cost) + cost // 2) // share)
+    owner = jnp.where(few, index, (sum_before(cost) + cost // 2) // share)
     before = busy & (owner < jnp.arange(workers + 1, dtype=jnp.int32)[:, None])
     return jnp.sum(before, axis=1, dtype=jnp.int32)
 
@@ -129,7 +128,7 @@ def _equal_pieces(steps: Array, workers: int) -> _Cuts:
     share += jnp.arange(SEGMENT_STEPS + 2 * (FEWEST_STEPS - 1), dtype=jnp.int32)
     share = jnp.concatenate([jnp.maximum(jnp.max(steps, keepdims=True), 1), share])[:, None]
     parts = jnp.maximum(_ceil_div(steps, share), 1)
-    return _Cuts(share, owner=_sum_before(parts), parts=parts, ahead=jnp.zeros_like(parts))
+    return _Cuts(share, owner=sum_before(parts), parts=parts, ahead=jnp.zeros_like(parts))
 
 
 def _stretches(steps: Array, workers: int) -> _Cuts:
@@ -157,7 +156,7 @@ def _whole_units(steps: Array, workers: int) -> _Cuts:
 
 def _line(steps: Array, workers: int) -> tuple[Array, Array]:
     """Where units start on the line of `_stretches`, and how long an equal stretch of it is."""
-    start = _sum_before(steps + SEGMENT_STEPS)
+    start = sum_before(steps + SEGMENT_STEPS)
     return start, jnp.maximum(_ceil_div(start[-1:] + steps[-1:], workers), 1)
 
 
@@ -169,9 +168,9 @@ def _begin(cuts: _Cuts, steps: Array, segment: Array) -> Array:
 
 def _segments(cuts: _Cuts, steps: Array, segments: int) -> SplitPlan:
     """The plan that the cuts make, in order of unit and begin."""
-    first_slot = _sum_before(cuts.parts)
+    first_slot = sum_before(cuts.parts)
     slot = jnp.arange(segments, dtype=jnp.int32)
-    method = "compare_all" if steps.shape[0] <= MASKED_SUM else "scan_unrolled"
+    method = "compare_all" if steps.shape[0] <= COMPARED else "scan_unrolled"
     unit = jnp.searchsorted(first_slot + cuts.parts, slot, side="right", method=method)
     unit = unit.astype(jnp.int32)
     busy = unit < steps.shape[0]
@@ -181,16 +180,6 @@ def _segments(cuts: _Cuts, steps: Array, segments: int) -> SplitPlan:
     begin, end = (_begin(own, steps[inside], segment + more) for more in (0, 1))
     begin, end = (jnp.where(busy, step, 0) for step in (begin, end))
     return SplitPlan(unit, begin, end, slot, first_slot=first_slot, parts=cuts.parts)
-
-
-def _sum_before(amounts: Array) -> Array:
-    """Along the last axis, the sum of the amounts before each."""
-    number = amounts.shape[-1]
-    if number > MASKED_SUM:
-        return jnp.cumsum(amounts, axis=-1, dtype=jnp.int32) - amounts
-    index = jnp.arange(number, dtype=jnp.int32)
-    before = jnp.where(index < index[:, None], amounts[..., None, :], 0)
-    return jnp.sum(before, axis=-1, dtype=jnp.int32)
 
 
 def _ceil_div(a: Array, b: Array | int) -> Array:

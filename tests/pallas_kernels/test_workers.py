@@ -12,9 +12,9 @@ from oracles import QUICK_COMPILE
 
 from pallas_kernels.paged_attention import Units, most_slots, pack
 from pallas_kernels.schedule import SplitPlan, plan_segments
+from pallas_kernels.schedule.arrays import COMPARED
 from pallas_kernels.schedule.workers import (
     FEWEST_STEPS,
-    MASKED_SUM,
     MERGE_STEPS,
     SEGMENT_STEPS,
     WorkerPlan,
@@ -243,7 +243,7 @@ def test_one_long_unit_among_empty_ones():
 
 
 def test_more_units_than_are_summed_by_a_mask(rng):
-    steps = rng.integers(0, 20, MASKED_SUM + 76).tolist()
+    steps = rng.integers(0, 20, COMPARED + 76).tolist()
     plan = run_plan(steps, 7)
     assert cost_of(plan) <= 1.01 * least_cost(steps, 7)
 
@@ -275,7 +275,7 @@ def test_one_compilation_for_all_lengths(rng, units):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("units", [6, 30, MASKED_SUM + 1])
+@pytest.mark.parametrize("units", [6, 30, COMPARED + 1])
 def test_no_loop_and_no_callback(units):
     """Nothing that a decode step would wait for: neither a loop on the device nor the host."""
 
