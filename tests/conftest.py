@@ -16,6 +16,9 @@ import jax.experimental.pallas.fuser
 import numpy as np
 import pytest
 
+# A suite of tests in a module that pytest does not collect: its failures show values all the same.
+pytest.register_assert_rewrite("paged_decode_suite")
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # In the environment, so that parallel workers draw the same inputs as the header says.

@@ -40,7 +40,6 @@ class Block:
         self.rope, self.interpret = rope, interpret
         self.worker, self.block = worker, block
         self.half = refs["ckv"].shape[-1] // 2
-        self.page_size = refs["ckv"].shape[1]
         self.axes = CLUSTER if tiles.cluster > 1 else None
 
     def __getattr__(self, name: str) -> Any:
