@@ -1,5 +1,8 @@
 """Mosaic GPU kernels in Pallas' interpreter, which only notes a race: here one fails the test."""
 
+# What older versions of jax lack.
+# pyright: reportAttributeAccessIssue=false
+
 import contextlib
 from collections.abc import Iterator
 

@@ -1,5 +1,8 @@
 """The check for races finds one, and does not find one where there is none."""
 
+# What older versions of jax lack.
+# pyright: reportAttributeAccessIssue=false
+
 import jax
 import jax.numpy as jnp
 import numpy as np
