@@ -1,4 +1,4 @@
-"""Prefix sums, selections and sorts of small arrays, as few launches.
+"""Arithmetic of plans: prefix sums, selections and sorts of small arrays, as few launches.
 
 A plan's arrays hold hundreds of numbers. XLA makes several launches of a sort, a cumulative sum or
 a nonzero on a GPU, each of which costs more than comparing all numbers with each other, in one.
@@ -9,6 +9,11 @@ from jaxtyping import Array, Bool, Int
 
 COMPARED = 1024
 """Up to so many numbers are compared with each other; more go XLA's way."""
+
+
+def ceil_div(a: Array, b: Array | int) -> Array:
+    """a / b, rounded up, of int32."""
+    return (a + b - 1) // b
 
 
 def sum_before(amounts: Int[Array, "*axes n"]) -> Int[Array, "*axes n"]:

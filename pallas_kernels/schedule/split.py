@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.schedule.arrays import sorted_by, sum_before
+from pallas_kernels.schedule.arrays import ceil_div, sorted_by, sum_before
 
 START_STEPS = 3
 """What starting a segment costs, in steps: the first loads, on which nothing can wait."""
@@ -37,10 +37,6 @@ class SplitPlan(NamedTuple):
     parts: Int[Array, " units"]
 
 
-def _ceil_div(a: Array, b: Array | int) -> Array:
-    return (a + b - 1) // b
-
-
 def plan_segments(
     steps: Int[Array, " units"], share: Int[Array, " units"], segments: int
 ) -> SplitPlan:
@@ -49,8 +45,8 @@ def plan_segments(
     How a unit is cut depends on its own steps and share alone. `segments` must be at least the sum
     of steps / share, rounded up, and of 1 for a unit without steps.
     """
-    length = jnp.maximum(_ceil_div(steps, jnp.maximum(_ceil_div(steps, share), 1)), 1)
-    parts = jnp.maximum(_ceil_div(steps, length), 1)
+    length = jnp.maximum(ceil_div(steps, jnp.maximum(ceil_div(steps, share), 1)), 1)
+    parts = jnp.maximum(ceil_div(steps, length), 1)
     first_slot = sum_before(parts)
     past = first_slot + parts
     slot = jnp.arange(segments, dtype=jnp.int32)
@@ -79,13 +75,13 @@ def balanced_share(steps: Int[Array, " units"], workers: int) -> Int[Array, " un
     """
     total, longest = jnp.sum(steps, dtype=jnp.int32), jnp.max(steps)
     eighths = jnp.asarray(EIGHTHS, jnp.int32)
-    share = total // (8 * workers) * eighths + _ceil_div(
+    share = total // (8 * workers) * eighths + ceil_div(
         total % (8 * workers) * eighths, 8 * workers
     )
     share = jnp.clip(jnp.append(share, longest), 1, jnp.maximum(longest, 1))
-    count = jnp.sum(jnp.maximum(_ceil_div(steps, share[:, None]), 1), axis=1)
-    rounds = _ceil_div(count, workers)
-    queued = jnp.maximum(_ceil_div(total, workers) + share // 2, share)
+    count = jnp.sum(jnp.maximum(ceil_div(steps, share[:, None]), 1), axis=1)
+    rounds = ceil_div(count, workers)
+    queued = jnp.maximum(ceil_div(total, workers) + share // 2, share)
     cost = jnp.where(rounds > 1, queued, share) + START_STEPS * rounds
     cost += jnp.where(share < longest, MERGE_STEPS, 0)
     return jnp.full_like(steps, 1) * share[jnp.argmin(cost)]

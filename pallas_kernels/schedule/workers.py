@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.schedule.arrays import COMPARED, sum_before
+from pallas_kernels.schedule.arrays import COMPARED, ceil_div, sum_before
 from pallas_kernels.schedule.split import SplitPlan
 
 SEGMENT_STEPS = 2
@@ -109,7 +109,7 @@ def spread(plan: SplitPlan, workers: int) -> Int[Array, " workers_plus_1"]:
     """
     busy = plan.unit < plan.parts.shape[0]
     cost = jnp.where(busy, plan.end - plan.begin + SEGMENT_STEPS, 0)
-    share = _ceil_div(jnp.sum(cost, dtype=jnp.int32), workers)
+    share = ceil_div(jnp.sum(cost, dtype=jnp.int32), workers)
     index = jnp.arange(busy.shape[0], dtype=jnp.int32)
     few = jnp.sum(busy, dtype=jnp.int32) <= workers
     owner = jnp.where(few, index, (sum_before(cost) + cost // 2) // share)
@@ -124,10 +124,10 @@ def _equal_pieces(steps: Array, workers: int) -> _Cuts:
     2 * (FEWEST_STEPS - 1) above an equal share of the steps: only shorter ones are tried. These may
     need more workers than there are.
     """
-    share = jnp.maximum(_ceil_div(jnp.sum(steps, dtype=jnp.int32), workers), 1)
+    share = jnp.maximum(ceil_div(jnp.sum(steps, dtype=jnp.int32), workers), 1)
     share += jnp.arange(SEGMENT_STEPS + 2 * (FEWEST_STEPS - 1), dtype=jnp.int32)
     share = jnp.concatenate([jnp.maximum(jnp.max(steps, keepdims=True), 1), share])[:, None]
-    parts = jnp.maximum(_ceil_div(steps, share), 1)
+    parts = jnp.maximum(ceil_div(steps, share), 1)
     return _Cuts(share, owner=sum_before(parts), parts=parts, ahead=jnp.zeros_like(parts))
 
 
@@ -157,7 +157,7 @@ def _whole_units(steps: Array, workers: int) -> _Cuts:
 def _line(steps: Array, workers: int) -> tuple[Array, Array]:
     """Where units start on the line of `_stretches`, and how long an equal stretch of it is."""
     start = sum_before(steps + SEGMENT_STEPS)
-    return start, jnp.maximum(_ceil_div(start[-1:] + steps[-1:], workers), 1)
+    return start, jnp.maximum(ceil_div(start[-1:] + steps[-1:], workers), 1)
 
 
 def _begin(cuts: _Cuts, steps: Array, segment: Array) -> Array:
@@ -180,7 +180,3 @@ def _segments(cuts: _Cuts, steps: Array, segments: int) -> SplitPlan:
     begin, end = (_begin(own, steps[inside], segment + more) for more in (0, 1))
     begin, end = (jnp.where(busy, step, 0) for step in (begin, end))
     return SplitPlan(unit, begin, end, slot, first_slot=first_slot, parts=cuts.parts)
-
-
-def _ceil_div(a: Array, b: Array | int) -> Array:
-    return (a + b - 1) // b
