@@ -1,6 +1,6 @@
 """Multi-head Latent Attention for JAX: modules, a paged latent cache, and decode kernels."""
 
-from mla_jax import nn, reference
+from mla_jax import flash_mla, megakernel, nn, reference, sharding
 from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.cache import PagedLatentCache
 from mla_jax.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -22,8 +22,10 @@ __all__ = [
     "PagedLatentCache",
     "YarnConfig",
     "decode_step",
+    "flash_mla",
     "generate",
     "load_checkpoint",
+    "megakernel",
     "merge_states",
     "mla_paged_decode",
     "mla_paged_prefill",
@@ -33,4 +35,5 @@ __all__ = [
     "presets",
     "reference",
     "save_checkpoint",
+    "sharding",
 ]

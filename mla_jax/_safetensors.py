@@ -8,7 +8,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -42,21 +41,19 @@ class StoredTensor:
     start: int
     size: int
 
-    def read(self) -> np.ndarray:
-        """The tensor, in memory of its own."""
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tensor's rows from start to stop along its first axis, in memory of their own."""
         # Not by safetensors, which has no FP8 for NumPy.
+        row = self.size // self.shape[0]
         try:
-            data = np.fromfile(self.file, np.uint8, self.size, offset=self.start)
+            data = np.fromfile(
+                self.file, np.uint8, row * (stop - start), offset=self.start + row * start
+            )
         except OSError as error:
             raise CheckpointError(f"{self.file}: {self.name}: {error.strerror}") from None
-        if data.size != self.size:
+        if data.size != row * (stop - start):
             raise CheckpointError(f"{self.file}: {self.name}: truncated")
-        return data.view(DTYPES[self.dtype]).reshape(self.shape)
-
-    def to_device(self) -> Array:
-        """The tensor on the default device, as stored."""
-        # A copy even where the device is the host, which would otherwise keep what was read.
-        return jnp.array(self.read())
+        return data.view(DTYPES[self.dtype]).reshape(stop - start, *self.shape[1:])
 
 
 def _read_header(file: Path) -> Iterator[StoredTensor]:

@@ -8,13 +8,21 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from mla_jax.config import MLAConfig, ModelConfig
+from mla_jax.sharding.collectives import part_index, parts
+from mla_jax.sharding.layout import check_cache, mesh_in_use, pool_spec, rows_spec
+from mla_jax.sharding.mesh import CONTEXT_AXIS
 
 
 class PageView(NamedTuple):
-    """Where the S new tokens of each row go, and what each row may then attend to."""
+    """Where the S new tokens of each row go, and what each row may then attend to.
+
+    On a mesh's context axis: which of them go to this device, and which pages it has. `page_ids`
+    then lists only these, in order, and `owned` says which of a row's pages they are.
+    """
 
     page_ids: Int[Array, " ids"]
     start: Int[Array, " batch"]
@@ -22,11 +30,20 @@ class PageView(NamedTuple):
     positions: Int[Array, "batch tokens"]
     page: Int[Array, "batch tokens"]  # num_pages where nothing is written
     slot: Int[Array, "batch tokens"]
+    owned: Bool[Array, "batch max_pages"] | None = None  # None: all
 
     @property
     def counts(self) -> Int[Array, " batch"]:
         """How many tokens of each row are new, and written."""
         return self.length - self.positions[:, 0]
+
+    def held(self, tokens: Int[Array, " batch"], page_size: int) -> Int[Array, " batch"]:
+        """How many of each row's first `tokens` tokens lie in the pages of `page_ids`."""
+        if self.owned is None:
+            return tokens
+        first = jnp.arange(self.owned.shape[1], dtype=jnp.int32) * page_size
+        filled = jnp.clip(tokens[:, None] - first, 0, page_size)
+        return jnp.where(self.owned, filled, 0).sum(axis=1, dtype=jnp.int32)
 
     @property
     def row_starts(self) -> Int[Array, " batch"]:
@@ -45,6 +62,10 @@ class PagedLatentCache:
     block_table[b, t // page_size], slot t % page_size; an entry below 0 is no page. A token that
     has no page is not written and its row's length stands still, so a row is paused, or ended, by
     its table alone.
+
+    On a mesh, pools lie split over `data` and `context`, the table and the lengths over `data`.
+    Each group of requests counts its own pages from 0, so ids go to num_pages / data - 1, and page
+    i lies on the context device i % context: consecutive ids spread a row evenly.
 
     >>> from mla_jax import presets
     >>> cache = PagedLatentCache.create(presets["tiny"], num_pages=4, max_batch=2, max_pages=2)
@@ -67,10 +88,13 @@ class PagedLatentCache:
         max_batch: int,
         max_pages: int,
         dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
     ) -> Self:
         """Pools of zeros, no row with a page. `max_pages`: most pages a row can own.
 
-        dtype: None is the model's. Errors: ValueError for a size below 1.
+        dtype: None is the model's. mesh: where the parts lie, each made on its device; num_pages
+        and max_batch count all of them. Errors: ValueError for a size below 1, or one that the mesh
+        does not divide.
         """
         sizes = {
             "num_pages": num_pages,
@@ -82,16 +106,21 @@ class PagedLatentCache:
             if size < 1:
                 raise ValueError(f"{name}: got {size}, expected at least 1")
         dtype = dtype or config.dtype
+        pool_place = row_place = None
+        if mesh is not None:
+            check_cache(mesh, num_pages=num_pages, max_batch=max_batch)
+            pool_place = NamedSharding(mesh, pool_spec(mesh))
+            row_place = NamedSharding(mesh, rows_spec(mesh))
 
         def pools(width: int) -> tuple[Array, ...]:
             shape = (num_pages, page_size, width)
-            return tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
+            return tuple(jnp.zeros(shape, dtype, device=pool_place) for _ in range(config.n_layers))
 
         return cls(
             ckv=pools(config.mla.kv_lora_rank),
             kpe=pools(config.mla.qk_rope_head_dim),
-            block_table=jnp.full((max_batch, max_pages), -1, jnp.int32),
-            lengths=jnp.zeros(max_batch, jnp.int32),
+            block_table=jnp.full((max_batch, max_pages), -1, jnp.int32, device=row_place),
+            lengths=jnp.zeros(max_batch, jnp.int32, device=row_place),
         )
 
     @property
@@ -111,6 +140,17 @@ class PagedLatentCache:
         """Most tokens a row can hold."""
         return self.block_table.shape[1] * self.page_size
 
+    def specs(self, mesh: Mesh | AbstractMesh) -> "PagedLatentCache":
+        """The layout on `mesh`, in this cache's structure."""
+
+        def all_of(pools: tuple[Array, ...]) -> tuple[PartitionSpec, ...]:
+            return (pool_spec(mesh),) * len(pools)
+
+        rows = rows_spec(mesh)
+        return jax.tree.unflatten(
+            jax.tree.structure(self), [*all_of(self.ckv), *all_of(self.kpe), rows, rows]
+        )
+
     def view(self, tokens: int, count: Int[Array, " batch"]) -> PageView:
         """Room for up to `tokens` new tokens a row, of which row b brings count[b]."""
         batch, max_pages = self.block_table.shape
@@ -121,13 +161,20 @@ class PagedLatentCache:
         valid = (offset < count[:, None]) & (column < max_pages) & (page >= 0)
         # A row's first token without a page ends what is written: no holes.
         valid = jnp.cumprod(valid, axis=1, dtype=jnp.int32).astype(bool)
+        table, owned, write = self.block_table, None, valid
+        if (devices := parts(CONTEXT_AXIS)) > 1:
+            here = part_index(CONTEXT_AXIS)
+            owned = (table >= 0) & (table % devices == here)
+            table = _compacted(table // devices, owned)
+            write, page = valid & (page % devices == here), page // devices
         return PageView(
-            page_ids=self.block_table.reshape(-1),
+            page_ids=table.reshape(-1),
             start=jnp.arange(batch, dtype=jnp.int32) * max_pages,
             length=self.lengths + valid.sum(axis=1, dtype=jnp.int32),
             positions=positions,
-            page=jnp.where(valid, page, self.num_pages),
+            page=jnp.where(write, page, self.num_pages),
             slot=positions % self.page_size,
+            owned=owned,
         )
 
     def advanced(
@@ -146,7 +193,14 @@ class PagedLatentCache:
         """Copy whole pages within every pool: what copy-on-write asks for.
 
         A target below 0 or past the pool copies nothing, so that lists can be padded.
+        Errors: NotImplementedError on a mesh that splits the pools.
         """
+        mesh = mesh_in_use()
+        if mesh is not None and pool_spec(mesh) != PartitionSpec():
+            raise NotImplementedError(
+                f"copy_pages: the pools are split over {pool_spec(mesh)[0]}, expected a mesh with "
+                "data=1 and context=1"
+            )
         target = jnp.where(target < 0, self.num_pages, target)
 
         def copied(pool: Array) -> Array:
@@ -155,6 +209,16 @@ class PagedLatentCache:
         return dataclasses.replace(
             self, ckv=tuple(map(copied, self.ckv)), kpe=tuple(map(copied, self.kpe))
         )
+
+
+def _compacted(
+    ids: Int[Array, "batch max_pages"], kept: Bool[Array, "batch max_pages"]
+) -> Int[Array, "batch max_pages"]:
+    """Each row's `kept` ids in front, in their order."""
+    batch, width = ids.shape
+    place = jnp.where(kept, jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1, width)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    return jnp.zeros_like(ids).at[rows, place].set(ids, mode="drop")
 
 
 def write_pages(pool: Array, view: PageView, rows: Float[Array, "batch tokens width"]) -> Array:

@@ -1,7 +1,8 @@
 """Checkpoints in the Hugging Face layout: config.json and safetensors files.
 
 Loading streams: a tensor's bytes are read, put on the device and converted there before the next
-tensor is touched. The host holds about one tensor, the device the model and one tensor.
+tensor is touched. The host holds about one tensor, the device the model and one tensor. On a mesh
+each device is sent its own part of every tensor, and holds its part of the model and of one tensor.
 """
 
 import dataclasses
@@ -9,8 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Container, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool
 from safetensors.numpy import save_file
 
@@ -36,6 +37,9 @@ from mla_jax._safetensors import (
 from mla_jax.config import ModelConfig
 from mla_jax.nn import Decoder
 from mla_jax.quantization import dequantize_blocks, scale_shape, weight_block_size
+from mla_jax.sharding.assembly import Bounds, ShardedBuffer
+from mla_jax.sharding.layout import parameter_spec
+from mla_jax.sharding.mesh import Device, check_mesh
 
 SCALE = "_scale_inv"
 """What an FP8 tensor's name ends in, to name its block scales."""
@@ -186,28 +190,71 @@ def _check(
 # --- Loading and saving.
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "block"))
+@partial(jax.jit, static_argnames=("kept", "shape", "dtype", "block"))
 def _converted(
     tensor: Array,
     scale: Array | None,
     *,
+    kept: Bounds,
     shape: tuple[int, ...],
     dtype: str,
     block: tuple[int, int],
 ) -> tuple[Array, Bool[Array, ""]]:
-    """(the tensor in `shape` and `dtype`, whether all of it is finite)."""
+    """(what is `kept` of the tensor, in `shape` and `dtype`; whether all of it is finite)."""
     if scale is None:
         value = tensor.astype(dtype)
     else:
         value = dequantize_blocks(tensor, scale, dtype, block_size=block)
+    value = value[tuple(slice(*bounds) for bounds in kept)]
     return value.reshape(shape), jnp.isfinite(value).all()
 
 
-@partial(jax.jit, donate_argnames="stack")
-def _filled(stack: Array, part: Array, slot: tuple[int | Array, ...]) -> Array:
-    """`stack`, donated, with `part` at stack[slot]."""
-    start = (*slot, *(0 for _ in part.shape))
-    return lax.dynamic_update_slice(stack, part[(None,) * len(slot)], start)
+def _whole_blocks(bounds: Bounds, shape: tuple[int, ...], block: tuple[int, int]) -> Bounds:
+    """`bounds` widened to whole blocks of a matrix, or of a stack of them, of this shape."""
+    sizes = (*(1 for _ in shape[:-2]), *block)
+    return tuple(
+        (start // size * size, min(-(-stop // size) * size, length))
+        for (start, stop), size, length in zip(bounds, sizes, shape, strict=True)
+    )
+
+
+def _reader(
+    tensor: StoredTensor, scale: StoredTensor | None, dtype: str, block: tuple[int, int]
+) -> Callable[[Bounds, Device | None], Array]:
+    """piece(bounds, device): a range of the tensor, on the device and in `dtype`.
+
+    Each range of rows is read once, however many devices want some of it.
+    """
+
+    def loaded(source: StoredTensor, bounds: Bounds, device: Device | None) -> Array:
+        rows, *rest = bounds
+        # A copy even where the device is the host, which would otherwise keep what was read.
+        part = read[source.name](*rows)[(slice(None), *(slice(*columns) for columns in rest))]
+        return jnp.array(part, device=device)
+
+    read = {source.name: cache(source.read) for source in (tensor, scale) if source is not None}
+
+    def piece(bounds: Bounds, device: Device | None) -> Array:
+        shape = tuple(stop - start for start, stop in bounds)
+        if len(bounds) > len(tensor.shape):
+            # Fused experts have gate and up in one axis, which no mesh splits.
+            bounds = (bounds[0], *((0, size) for size in tensor.shape[1:]))
+        stored, scales = bounds, None
+        if scale is not None:
+            stored = _whole_blocks(bounds, tensor.shape, block)
+            sizes = (*(1 for _ in bounds[:-2]), *block)
+            blocks = tuple((a // n, -(-b // n)) for (a, b), n in zip(stored, sizes, strict=True))
+            scales = loaded(scale, blocks, device)
+        kept = tuple((a - at, b - at) for (a, b), (at, _) in zip(bounds, stored, strict=True))
+        value, is_finite = _converted(
+            loaded(tensor, stored, device), scales, kept=kept, shape=shape, dtype=dtype, block=block
+        )
+        # Reading the flag also waits for the device, so that only one tensor is ever on its way.
+        if not is_finite:
+            raise CheckpointError(f"{tensor.file}: {tensor.name}: not finite in {dtype}")
+        return value
+
+    return piece
 
 
 def _own_dtype(hf: dict[str, Any], config: ModelConfig, stored: Mapping[str, StoredTensor]) -> str:
@@ -220,18 +267,21 @@ def _own_dtype(hf: dict[str, Any], config: ModelConfig, stored: Mapping[str, Sto
     return str(DTYPES.get(embedding.dtype, config.dtype))
 
 
-def load_checkpoint(path: str | os.PathLike[str], *, dtype: str | None = None) -> Decoder:
-    """The model of a Hugging Face checkpoint directory, on the default device.
+def load_checkpoint(
+    path: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh | None = None
+) -> Decoder:
+    """The model of a Hugging Face checkpoint directory, on the default device or on a mesh.
 
     Reads config.json (`deepseek_v2` or `deepseek_v3`) and model.safetensors, or the shards that
     model.safetensors.index.json lists. FP8 weights are multiplied by their block scales. dtype:
     "float32", "bfloat16" or "float16"; None is bfloat16 if weights are FP8, else the checkpoint's
     own (its config's, or if that gives none its embedding's). The router's correction bias stays
-    float32.
+    float32. mesh: the layout is `sharding.shard_model`'s.
 
     Streams: see the module's docstring. Nothing is read but headers until every name, shape and
     dtype has been checked. Errors: CheckpointError, a ValueError, naming the file and the tensor or
-    key: what is missing, unexpected, of another shape or dtype, truncated, or not finite.
+    key: what is missing, unexpected, of another shape or dtype, truncated, or not finite;
+    ValueError if the mesh does not divide the model.
 
     >>> from tempfile import TemporaryDirectory
     >>> from mla_jax import presets
@@ -259,6 +309,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, dtype: str | None = None) -
     if dtype is None:
         dtype = _own_dtype(hf, config, stored)
     config = config.replace_dtype(dtype)
+    if mesh is not None:
+        check_mesh(config, mesh)
 
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     parameters = _parameters(model)
@@ -268,26 +320,19 @@ def load_checkpoint(path: str | os.PathLike[str], *, dtype: str | None = None) -
     def place(entry: _Entry) -> tuple[Path, int]:
         return stored[entry.tensor].file, stored[entry.tensor].start
 
+    buffers = {name: _buffer(parameter, mesh) for name, parameter in parameters.items()}
     for entry in sorted(entries, key=place):
-        tensor, parameter = stored[entry.tensor], parameters[entry.parameter]
-        scale = stored.get(entry.tensor + SCALE)
-        value, is_finite = _converted(
-            tensor.to_device(),
-            None if scale is None else scale.to_device(),
-            shape=entry.part(parameter),
-            dtype=str(parameter.dtype),
-            block=block,
-        )
-        # Reading the flag also waits for the device, so that only one tensor is ever on its way.
-        if not is_finite:
-            raise CheckpointError(f"{tensor.file}: {tensor.name}: not finite in {parameter.dtype}")
-        if entry.slot:
-            stack = parameter.get_value()
-            if isinstance(stack, jax.ShapeDtypeStruct):
-                stack = jnp.zeros(stack.shape, stack.dtype)
-            value = _filled(stack, value, entry.slot)
-        parameter.set_value(value)
+        tensor, scale = stored[entry.tensor], stored.get(entry.tensor + SCALE)
+        dtype = str(parameters[entry.parameter].dtype)
+        buffers[entry.parameter].fill(entry.slot, _reader(tensor, scale, dtype, block))
+    for name, parameter in parameters.items():
+        parameter.set_value(buffers[name].array())
     return model
+
+
+def _buffer(parameter: nnx.Variable, mesh: Mesh | None) -> ShardedBuffer:
+    place = None if mesh is None else NamedSharding(mesh, parameter_spec(parameter, mesh))
+    return ShardedBuffer(parameter.shape, parameter.dtype, place)
 
 
 def save_checkpoint(model: Decoder, path: str | os.PathLike[str]) -> None:

@@ -1,5 +1,6 @@
 """Text generation: chunked prefill, then blocks of decode steps that never meet the host."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
 from mla_jax.allocator import PageAllocator
@@ -16,6 +18,8 @@ from mla_jax.cache import PagedLatentCache
 from mla_jax.config import ModelConfig
 from mla_jax.nn import Decoder, decode_step, prefill
 from mla_jax.sampling import Sampler
+from mla_jax.sharding.layout import logits_spec, replicated, rows_together, shard_model
+from mla_jax.sharding.mesh import CONTEXT_AXIS, DATA_AXIS, axis_size
 
 BLOCK_STEPS = 32
 """Decode steps a compiled block: pages are reserved before it, tokens are read after it."""
@@ -54,17 +58,32 @@ def decode_block(
 ) -> tuple[Int[Array, "steps batch"], PagedLatentCache]:
     """`steps` decode steps in one compiled call, sampling on the device; the cache is donated.
 
-    tokens: each row's newest token. Returns the tokens that follow, one row a step.
+    tokens: each row's newest token. Returns the tokens that follow, one row a step. Under
+    `jax.set_mesh` it is one program on all devices, and every one of them has all the tokens.
     """
 
     def step(carry, key):
         tokens, cache = carry
         logits, cache = decode_step(model, tokens, cache, backend=backend)
-        tokens = sampler(logits, key)
+        tokens = _sampled(sampler, logits, key)
         return (tokens, cache), tokens
 
     (_, cache), generated = lax.scan(step, (tokens, cache), jax.random.split(key, steps))
-    return generated, cache
+    return replicated(generated), cache
+
+
+@functools.partial(jax.jit, static_argnames="sampler")
+def _first_tokens(
+    logits: Float[Array, "batch vocab"], key: Key[Array, ""], *, sampler: Sampler
+) -> Int[Array, " batch"]:
+    return replicated(_sampled(sampler, logits, key))
+
+
+def _sampled(
+    sampler: Sampler, logits: Float[Array, "batch vocab"], key: Key[Array, ""]
+) -> Int[Array, " batch"]:
+    # The greatest of parts is the greatest of all, but a sorted or a drawn row must be together.
+    return sampler(logits if sampler.temperature == 0 else rows_together(logits), key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +115,11 @@ def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> lis
 
 
 class _Session:
-    """The rows of one call: their pages, their cache, and the tokens they have made."""
+    """The rows of one call: their pages, their cache, and the tokens they have made.
+
+    On a mesh they are dealt out to its groups of requests, with empty rows where they do not fill
+    the last; each group has an allocator for its own pages.
+    """
 
     def __init__(
         self,
@@ -110,9 +133,11 @@ class _Session:
         ignore_eos: bool,
         page_size: int,
         num_pages: int | None,
+        mesh: Mesh | None,
     ) -> None:
         config = model.config
-        self.model, self.prompts, self.sampler = model, prompts, sampler
+        self.model, self.mesh = model if mesh is None else shard_model(model, mesh), mesh
+        self.prompts, self.sampler = prompts, sampler
         self.max_new_tokens, self.backend = max_new_tokens, backend
         self.ends = frozenset() if ignore_eos else frozenset(config.eos_ids)
         self.key = jax.random.key(seed)
@@ -125,53 +150,93 @@ class _Session:
                 f"expected at most {config.max_seq_len}, the model's longest sequence"
             )
         max_pages = -(-longest // page_size)
+        groups = 1 if mesh is None else axis_size(mesh, DATA_AXIS)
+        self.group_rows = -(-len(prompts) // groups)
+        self.batch = groups * self.group_rows
         if num_pages is None:
-            num_pages = sum(-(-(len(p) + max_new_tokens) // page_size) for p in prompts)
-        self.allocator = PageAllocator(num_pages, page_size=page_size, max_pages=max_pages)
+            pages = [-(-(len(p) + max_new_tokens) // page_size) for p in prompts]
+            starts = range(0, len(pages), self.group_rows)
+            context = 1 if mesh is None else axis_size(mesh, CONTEXT_AXIS)
+            most = max(sum(pages[start : start + self.group_rows]) for start in starts)
+            num_pages = groups * -(-most // context) * context
+        self.allocators = [
+            PageAllocator(num_pages // groups, page_size=page_size, max_pages=max_pages)
+            for _ in range(groups)
+        ]
         # None once a row has ended and its pages are free.
-        self.rows: list[int | None] = [self.allocator.allocate(len(p)) for p in prompts]
+        self.rows: list[int | None] = [
+            self._allocator(row).allocate(len(prompt)) for row, prompt in enumerate(prompts)
+        ]
         self.cache = PagedLatentCache.create(
             config,
             num_pages=num_pages,
             page_size=page_size,
-            max_batch=len(prompts),
+            max_batch=self.batch,
             max_pages=max_pages,
+            mesh=mesh,
         )
 
+    def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _allocator(self, row: int) -> PageAllocator:
+        return self.allocators[row // self.group_rows]
+
+    @property
+    def num_pages(self) -> int:
+        return sum(allocator.num_pages for allocator in self.allocators)
+
+    @property
+    def pages_in_use(self) -> int:
+        return sum(allocator.num_used for allocator in self.allocators)
+
     def _upload_table(self) -> None:
-        table = jnp.asarray(self.allocator.table(self.rows))
-        self.cache = self.cache.with_rows(table, self.cache.lengths)
+        rows = [*self.rows, *(None for _ in range(self.batch - len(self.rows)))]
+        starts = range(0, self.batch, self.group_rows)
+        table = np.concatenate(
+            [
+                allocator.table(rows[start : start + self.group_rows])
+                for allocator, start in zip(self.allocators, starts, strict=True)
+            ]
+        )
+        place = None if self.mesh is None else self.cache.block_table.sharding
+        self.cache = self.cache.with_rows(jax.device_put(table, place), self.cache.lengths)
 
     def prefill(self) -> np.ndarray:
         """Write every prompt to the cache; the first new token of every row."""
         self._upload_table()
-        batch, longest = len(self.prompts), max(map(len, self.prompts))
+        batch, longest = self.batch, max(map(len, self.prompts))
         # Widths are powers of two, so that few programs serve all prompts.
         width = min(PREFILL_CHUNK, max(8, 1 << (longest - 1).bit_length()))
-        logits = jnp.zeros((batch, self.model.config.vocab), jnp.float32)
+        config, mesh = self.model.config, self.mesh
+        place = None if mesh is None else NamedSharding(mesh, logits_spec(config, mesh))
+        logits = jnp.zeros((batch, config.vocab), jnp.float32, device=place)
         for begin in range(0, longest, width):
             chunk = np.zeros((batch, width), np.int32)
             counts = np.zeros(batch, np.int32)
             for row, prompt in enumerate(self.prompts):
                 part = prompt[begin : begin + width]
                 chunk[row, : len(part)], counts[row] = part, len(part)
-            logits, self.cache = _prefill_chunk(
-                self.model, chunk, counts, self.cache, logits, backend=self.backend
-            )
+            with self._on_mesh():
+                logits, self.cache = _prefill_chunk(
+                    self.model, chunk, counts, self.cache, logits, backend=self.backend
+                )
         self.key, key = jax.random.split(self.key)
-        return np.asarray(jax.jit(self.sampler)(logits, key))
+        with self._on_mesh():
+            return np.asarray(_first_tokens(logits, key, sampler=self.sampler))
 
     def decode(self, newest: np.ndarray) -> np.ndarray:
         """One block of steps after `newest`: tokens [steps, rows]."""
         for row, sequence in enumerate(self.rows):
             if sequence is not None:
                 left = self.max_new_tokens - len(self.made[row])
-                self.allocator.extend(sequence, min(BLOCK_STEPS, left))
+                self._allocator(row).extend(sequence, min(BLOCK_STEPS, left))
         self._upload_table()
         self.key, key = jax.random.split(self.key)
-        generated, self.cache = decode_block(
-            self.model, newest, self.cache, key, sampler=self.sampler, backend=self.backend
-        )
+        with self._on_mesh():
+            generated, self.cache = decode_block(
+                self.model, newest, self.cache, key, sampler=self.sampler, backend=self.backend
+            )
         return np.asarray(generated)
 
     def take(self, generated: np.ndarray) -> list[list[int]]:
@@ -188,7 +253,7 @@ class _Session:
                     kept.append(token)
                 self.made[row] += kept
                 if left <= len(kept):
-                    self.allocator.free(sequence)
+                    self._allocator(row).free(sequence)
                     self.rows[row] = None
             taken.append(kept)
         return taken
@@ -211,6 +276,7 @@ def stream(
     ignore_eos: bool = False,
     page_size: int = 64,
     num_pages: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[Progress]:
     """`generate`, a block at a time: yields the new tokens of every row as they come.
 
@@ -230,6 +296,7 @@ def stream(
         ignore_eos=ignore_eos,
         page_size=page_size,
         num_pages=num_pages,
+        mesh=mesh,
     )
     begin = time.perf_counter()
     if max_new_tokens == 0:
@@ -237,12 +304,12 @@ def stream(
     newest = session.prefill()
     generated = newest[None]
     while True:
-        pages_in_use = session.allocator.num_used
+        pages_in_use = session.pages_in_use
         yield Progress(
             tokens=session.take(generated),
             finished=[row is None for row in session.rows],
             pages_in_use=pages_in_use,
-            num_pages=session.allocator.num_pages,
+            num_pages=session.num_pages,
             seconds=time.perf_counter() - begin,
         )
         if session.done:
@@ -264,6 +331,7 @@ def generate(
     ignore_eos: bool = False,
     page_size: int = 64,
     num_pages: int | None = None,
+    mesh: Mesh | None = None,
 ) -> list[list[int]]:
     """The new tokens that follow each prompt, without the prompt and without the end token.
 
@@ -271,6 +339,8 @@ def generate(
     temperature 0 is greedy; see `Sampler` for top_k and top_p. A row stops at one of the config's
     end tokens, unless `ignore_eos`. `num_pages` bounds the cache: None takes what the prompts and
     max_new_tokens can fill. backend: None picks the fastest that can run the decode kernels.
+    mesh: one from `sharding.make_mesh`; prompts are dealt out over `data`, each part with an equal
+    share of the pages, and a model that does not lie on the mesh yet is put there.
     Errors: ValueError for an argument out of range; OutOfPagesError when the cache is full;
     NotImplementedError for a backend that cannot run the model.
 
@@ -293,6 +363,7 @@ def generate(
         ignore_eos=ignore_eos,
         page_size=page_size,
         num_pages=num_pages,
+        mesh=mesh,
     ):
         for row, tokens in zip(made, progress.tokens, strict=True):
             row += tokens

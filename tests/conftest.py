@@ -20,6 +20,8 @@ import pytest
 pytest.register_assert_rewrite("paged_decode_suite")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Meshes of up to eight devices; whatever names no mesh runs on the first, as before.
+jax.config.update("jax_num_cpu_devices", 8)
 
 # In the environment, so that parallel workers draw the same inputs as the header says.
 SEED = int(os.environ.setdefault("MLA_JAX_SEED", str(random.SystemRandom().randrange(2**31))))

@@ -70,6 +70,11 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     prefill.set_defaults(run=run_prefill)
+    schedules = kinds.add_parser(
+        "schedule", help="make the megakernel's schedules (on the host), and draw one"
+    )
+    schedules.add_argument("--picture", metavar="NAME", help="print this shape's timeline")
+    schedules.set_defaults(run=run_schedule)
     for kind, example in ((paged, "B128-h16-s4096"), (prefill, "h16-t8192")):
         kind.add_argument(
             "--shapes",
@@ -79,7 +84,7 @@ def add_parser(subparsers) -> None:
             help=f"by name, such as {example} (default: all; a wrong name lists them)",
         )
         kind.add_argument("--backend", metavar="NAME", help="of ours (default: fastest)")
-    for kind in (step, paged, prefill):
+    for kind in (step, paged, prefill, schedules):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
 
 
@@ -125,6 +130,24 @@ def run_decode_step(args: argparse.Namespace) -> int:
     ceilings, rows = decode_step.run(config, args.batch, args.length, _report)
     if args.json is not None:
         results.write(args.json, rows, preset=args.preset, ceilings=ceilings)
+    return 0
+
+
+def run_schedule(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from mla_jax.bench import schedules
+
+    if args.picture is not None and args.picture not in schedules.SHAPES:
+        raise ValueError(
+            f"picture: got {args.picture!r}, expected one of {', '.join(schedules.SHAPES)}"
+        )
+    _check_folder("json", args.json)
+    if args.picture is not None:
+        plan = schedules.schedule(*schedules.SHAPES[args.picture])
+        Console().print(schedules.picture(plan), soft_wrap=True)
+        return 0
+    _record(schedules.run(), {}, args.json)
     return 0
 
 

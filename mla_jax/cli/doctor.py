@@ -1,11 +1,17 @@
-"""`mla-jax doctor`: versions, devices, and which backend would run what, or why not."""
+"""`mla-jax doctor`: versions, devices, and which backend would run what, or why not.
+
+With `--plan`: what a mesh would cost, whether or not there are devices for it.
+"""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
 from typing import Any
+
+from mla_jax.cli import find_preset, mesh_sizes
 
 PACKAGES = ("mla-jax", "jax", "jaxlib", "flax", "numpy", "jaxtyping", "safetensors", "tokenizers")
 
@@ -16,6 +22,16 @@ def add_parser(subparsers) -> None:
         "--preset", default="deepseek-v2-lite", help="the model whose shapes to ask about"
     )
     p.add_argument("--page-size", type=int, default=64)
+    p.add_argument(
+        "--plan",
+        action="store_true",
+        help="bytes a device and messages a decode step, for --mesh, --batch and --tokens",
+    )
+    p.add_argument("--mesh", type=mesh_sizes, default={}, metavar="data=D,model=M,context=C")
+    p.add_argument("--batch", type=int, default=1, metavar="N", help="rows (default 1)")
+    p.add_argument("--tokens", type=int, default=4096, metavar="N", help="a row (default 4096)")
+    p.add_argument("--link-gb-s", type=float, metavar="X", help="measured, one direction")
+    p.add_argument("--link-us", type=float, metavar="X", help="measured latency of a small message")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=run)
 
@@ -24,7 +40,6 @@ def diagnose(preset: str, page_size: int) -> dict:
     """What `doctor` prints, as plain data."""
     import jax
 
-    from mla_jax.cli import find_preset
     from pallas_kernels import causal_prefill, expert_ffn, paged_decode, paged_prefill, routing
     from pallas_kernels.backend import Backend, choose, explain
     from pallas_kernels.device import current_device
@@ -103,7 +118,52 @@ def diagnose(preset: str, page_size: int) -> dict:
     }
 
 
+def plan(args: argparse.Namespace) -> dict:
+    """What `doctor --plan` prints, as plain data."""
+    from mla_jax.sharding.plan import plan_decode
+
+    planned = plan_decode(
+        find_preset(args.preset),
+        batch=args.batch,
+        tokens=args.tokens,
+        page_size=args.page_size,
+        **args.mesh,
+    )
+    report = {"preset": args.preset, "mesh": args.mesh, **dataclasses.asdict(planned)}
+    links = {"--link-gb-s": args.link_gb_s, "--link-us": args.link_us}
+    missing = [name for name, value in links.items() if value is None]
+    if len(missing) == 1:
+        raise ValueError(f"{missing[0]}: got none, expected both numbers of the link or neither")
+    if not missing:
+        speed = {"gb_per_s": args.link_gb_s, "latency_us": args.link_us}
+        report["message_us"] = planned.message_seconds(**speed) * 1e6
+    return report
+
+
+def _print_plan(report: dict) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items()) or "no mesh"
+    console.print(f"{report['preset']} on {report['devices']} devices: {mesh}")
+    for name in ("weight", "cache", "logits"):
+        console.print(f"{name:>8}  {report[f'{name}_bytes'] / 1e9:.3f} GB a device")
+    for m in report["messages"]:
+        console.print(
+            f"{m['kind']:>10} over {m['axis']}: {m['count']} a step, {m['bytes'] / 1e3:.1f} kB each"
+        )
+    if "message_us" in report:
+        console.print(f"messages of a step: {report['message_us']:.1f} us on this link")
+
+
 def run(args: argparse.Namespace) -> int:
+    if args.plan:
+        report = plan(args)
+        if args.json:
+            print(json.dumps(report, indent=1))
+        else:
+            _print_plan(report)
+        return 0
     report = diagnose(args.preset, args.page_size)
     if args.json:
         print(json.dumps(report, indent=1))

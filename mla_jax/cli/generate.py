@@ -10,6 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mla_jax.cli import mesh_sizes
+
+LOST_AFTER_SECONDS = 30
+"""How long a process may be silent before jax ends the others, with an error that names it."""
 DEFAULT_PROMPTS = ("The list object", "A function is", "To open a file,")
 
 
@@ -43,8 +47,42 @@ def add_parser(subparsers) -> None:
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     p.add_argument("--page-size", type=count, default=64, metavar="N", help="tokens a cache page")
     p.add_argument("--num-pages", type=count, metavar="N", help="cache pages (default: enough)")
+    p.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="data=D,model=M,context=C",
+        help="run on D * M * C devices: requests over data, heads and experts over model, "
+        "cache pages over context (default: one device)",
+    )
+    p.add_argument(
+        "--distributed",
+        nargs="*",
+        metavar="HOST:PORT INDEX COUNT",
+        help="one process of several, all with the same arguments: process INDEX of COUNT, the "
+        "first of which listens at HOST:PORT; under Slurm or Open MPI without values",
+    )
     p.add_argument("--json", action="store_true", help="one JSON object on stdout, at the end")
     p.set_defaults(run=run)
+
+
+def _join(place: list[str]) -> bool:
+    """Join the other processes; whether this is the one that writes."""
+    import jax
+
+    if place:
+        address, *numbers = place
+        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+            raise ValueError(
+                f"--distributed: got {' '.join(place)!r}, expected HOST:PORT INDEX COUNT or nothing"
+            )
+        index, count = map(int, numbers)
+        if index >= count:
+            raise ValueError(f"--distributed: got INDEX {index}, expected 0 to {count - 1}")
+        known = {"coordinator_address": address, "process_id": index, "num_processes": count}
+    else:
+        known = {}
+    jax.distributed.initialize(**known, heartbeat_timeout_seconds=LOST_AFTER_SECONDS)
+    return jax.process_index() == 0
 
 
 @contextmanager
@@ -72,16 +110,19 @@ def run(args: argparse.Namespace) -> int:
     from mla_jax.checkpoint import load_checkpoint
     from mla_jax.generate import stream
     from mla_jax.sampling import Sampler
+    from mla_jax.sharding import make_mesh
     from mla_jax.tokenizer import load_tokenizer
 
     # Cheap mistakes first: loading a checkpoint can take minutes.
     Sampler(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    writes = args.distributed is None or _join(args.distributed)
+    mesh = None if args.mesh is None else make_mesh(**args.mesh)
     path = args.checkpoint or Path(str(files("mla_jax") / "models" / "tiny"))
     prompts = args.prompt or DEFAULT_PROMPTS
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, quiet=not writes)
     with _status(errors) as show:
         show(f"loading {path}")
-        model = load_checkpoint(path, dtype=args.dtype)
+        model = load_checkpoint(path, dtype=args.dtype, mesh=mesh)
         tokenizer = load_tokenizer(path, model.config)
         rows = [tokenizer.encode(prompt) for prompt in prompts]
         made: list[list[int]] = [[] for _ in rows]
@@ -100,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
             ignore_eos=args.ignore_eos,
             page_size=args.page_size,
             num_pages=args.num_pages,
+            mesh=mesh,
         ):
             for row, tokens in zip(made, progress.tokens, strict=True):
                 row += tokens
@@ -110,10 +152,10 @@ def run(args: argparse.Namespace) -> int:
                 f"{sum(map(len, made))} tokens, {speed:.1f} tokens/s, "
                 f"{progress.pages_in_use}/{progress.num_pages} cache pages in use"
             )
-            if not args.json:
+            if writes and not args.json:
                 _print_text(prompts, made, progress.finished, shown, tokenizer)
     assert progress is not None  # --max-new-tokens is at least 1
-    if args.json:
+    if writes and args.json:
         total = sum(map(len, made))
         sequences = [
             {

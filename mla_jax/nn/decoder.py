@@ -9,10 +9,12 @@ from jaxtyping import Array, Float, Int
 from mla_jax.cache import PagedLatentCache, PageView
 from mla_jax.config import ModelConfig
 from mla_jax.nn.feed_forward import FeedForward, MoE
-from mla_jax.nn.linear import MODEL_AXIS, einsum, normal_param
+from mla_jax.nn.linear import einsum, normal_param
 from mla_jax.nn.mla import MLA, Rotation
 from mla_jax.nn.norm import RMSNorm
 from mla_jax.rope import rotation
+from mla_jax.sharding.layout import on_shards
+from mla_jax.sharding.mesh import MODEL_AXIS
 from pallas_kernels.backend import check_name
 
 
@@ -142,16 +144,23 @@ def prefill(
     Few tokens attend in the latent space, many with full keys and values (`MLA.expands`), whichever
     is less arithmetic. Jit with the cache donated. Errors: ValueError for shapes that do not match
     the cache, NotImplementedError for a backend that cannot run the model.
+
+    Under `jax.set_mesh`, with a model and a cache made for the mesh, one program runs on all of
+    its devices; the logits then lie split over the vocabulary.
     """
     batch, width = tokens.shape
     if width > cache.max_length:
         raise ValueError(f"tokens: got {width} a row, the cache holds {cache.max_length}")
     if counts is None:
         counts = jnp.full(batch, width, jnp.int32)
-    view = cache.view(width, counts)
-    x, cache = model.paged(tokens, cache, view, KernelChoice(backend=backend, interpret=interpret))
-    last = jnp.clip(counts - 1, 0, width - 1)
-    return model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
+    kernels = KernelChoice(backend=backend, interpret=interpret)
+
+    def step(model: Decoder, cache: PagedLatentCache, tokens: Array, counts: Array):
+        x, cache = model.paged(tokens, cache, cache.view(width, counts), kernels)
+        last = jnp.clip(counts - 1, 0, width - 1)
+        return model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
+
+    return on_shards(step, model, cache, tokens, counts)
 
 
 def decode_step(
@@ -166,9 +175,13 @@ def decode_step(
 
     A row whose next position has no page is left as it is, and its logits mean nothing. Jit with
     the cache donated, or call inside `jax.lax.scan`; nothing depends on the lengths but values.
-    Errors: as `prefill`.
+    Meshes and errors: as `prefill`.
     """
-    view = cache.view(1, jnp.ones_like(cache.lengths))
     kernels = KernelChoice(backend=backend, interpret=interpret)
-    x, cache = model.paged(tokens[:, None], cache, view, kernels)
-    return model.logits(x[:, 0]), cache
+
+    def step(model: Decoder, cache: PagedLatentCache, tokens: Array):
+        view = cache.view(1, jnp.ones_like(cache.lengths))
+        x, cache = model.paged(tokens[:, None], cache, view, kernels)
+        return model.logits(x[:, 0]), cache
+
+    return on_shards(step, model, cache, tokens)

@@ -6,7 +6,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mla_jax.config import MoEConfig
-from mla_jax.nn.linear import MODEL_AXIS, Linear, einsum, normal_param
+from mla_jax.nn.linear import Linear, einsum, normal_param
+from mla_jax.sharding.collectives import part_index, parts, sum_over_model
+from mla_jax.sharding.mesh import MODEL_AXIS
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.routing import RoutingRule, route
 
@@ -19,6 +21,10 @@ class FeedForward(nnx.Module):
         self.down = Linear(inter_dim, dim, dtype, rngs=rngs, shards=(None, MODEL_AXIS))
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        return sum_over_model(self.partial(x))
+
+    def partial(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        """What the hidden features of this device add to the result."""
         gate, up = jnp.moveaxis(einsum("...d,gid->...gi", x, self.gate_up[...]), -2, 0)
         return self.down(jax.nn.silu(gate) * up)
 
@@ -81,7 +87,20 @@ class MoE(nnx.Module):
     ) -> Float[Array, "*batch dim"]:
         rows = x.reshape(-1, x.shape[-1])
         ids, weights = self.router(rows, backend=backend, interpret=interpret)
-        shared = self.shared and (self.shared.gate_up[...], self.shared.down.weight[...])
-        experts = (self.gate_up[...], self.down[...], shared)
-        out = expert_ffn(rows, ids, weights, *experts, backend=backend, interpret=interpret)
+        experts = (self.gate_up[...], self.down[...])
+        kernel = {"backend": backend, "interpret": interpret}
+        if parts(MODEL_AXIS) == 1:
+            shared = self.shared and (self.shared.gate_up[...], self.shared.down.weight[...])
+            out = expert_ffn(rows, ids, weights, *experts, shared, **kernel)
+        else:
+            out = expert_ffn(rows, self._own(ids), weights, *experts, partial=True, **kernel)
+            if self.shared is not None:
+                out = out + self.shared.partial(rows)
+            out = sum_over_model(out)
         return out.reshape(x.shape)
+
+    def _own(self, ids: Int[Array, "tokens active"]) -> Int[Array, "tokens active"]:
+        """Ids among this device's experts; another device's become the number of these."""
+        experts = self.gate_up.shape[0]
+        local = ids - part_index(MODEL_AXIS) * experts
+        return jnp.where((local >= 0) & (local < experts), local, experts)

@@ -7,9 +7,6 @@ from jaxtyping import Array, DTypeLike, Float
 
 from pallas_kernels.precision import precision_for
 
-MODEL_AXIS = "model"
-"""The mesh axis over which heads, hidden features and experts are split."""
-
 
 def einsum(spec: str, *operands: Array, out: DTypeLike | None = None) -> Array:
     """jnp.einsum that computes float32 in float32: a GPU's default would be TF32."""

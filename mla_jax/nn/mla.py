@@ -9,9 +9,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.cache import AbsorbCache, NaiveCache, PageView, append, causal, write_pages
 from mla_jax.config import MLAConfig
-from mla_jax.nn.linear import MODEL_AXIS, Linear, einsum
+from mla_jax.nn.linear import Linear, einsum
 from mla_jax.nn.norm import RMSNorm
 from mla_jax.rope import apply_rotary, rotation
+from mla_jax.sharding.collectives import (
+    merge_over_context,
+    once_over_context,
+    parts,
+    sum_over_model,
+)
+from mla_jax.sharding.mesh import CONTEXT_AXIS, MODEL_AXIS
 from pallas_kernels.backend import supports
 from pallas_kernels.causal_prefill import BACKENDS, CausalProblem, causal_prefill
 from pallas_kernels.merge import merge_states
@@ -144,7 +151,8 @@ class MLA(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Write this call's tokens to the layer's pools, then attend over the rows' pages.
 
-        rope: (cos, sin) at view.positions. Returns (out [B, S, dim], ckv_pool, kpe_pool).
+        rope: (cos, sin) at view.positions. Returns (out [B, S, dim], ckv_pool, kpe_pool). On a
+        mesh the rows' pages are spread over its context axis: each device attends over its own.
         """
         batch, tokens, _ = x.shape
         q_nope, q_pe, ckv, kpe = self.project(x, rope)
@@ -154,11 +162,15 @@ class MLA(nnx.Module):
             "backend": backend,
             "interpret": interpret,
         }
-        if tokens > 1 and self.expands(tokens) and self._has_expanded(backend):
-            out = self._prefill_expanded(q_nope, q_pe, ckv, kpe, ckv_pool, kpe_pool, view, kernel)
+        # Only in the expanded form do the new keys, which all context devices have, stand apart.
+        expanded = parts(CONTEXT_AXIS) > 1 or (self.expands(tokens) and self._has_expanded(backend))
+        if tokens > 1 and expanded:
+            new = (q_nope, q_pe, ckv, kpe)
+            out, lse = self._prefill_expanded(*new, ckv_pool, kpe_pool, view, kernel)
         else:
-            out = self._attend_pages(q_nope, q_pe, ckv_pool, kpe_pool, view, kernel)
-        return self.wo(out.reshape(batch, tokens, -1)), ckv_pool, kpe_pool
+            out, lse = self._attend_pages(q_nope, q_pe, ckv_pool, kpe_pool, view, kernel)
+        out = merge_over_context(out, lse).reshape(batch, tokens, -1)
+        return sum_over_model(self.wo(out)), ckv_pool, kpe_pool
 
     def expands(self, tokens: int) -> bool:
         """Whether so many queries a row cost less with full keys and values than in the latent.
@@ -178,7 +190,7 @@ class MLA(nnx.Module):
             batch=1,
             tokens=1,
             keys=1,
-            heads=c.n_heads,
+            heads=self._wkv_b()[0].shape[0],
             width=c.qk_head_dim,
             value_width=c.v_head_dim,
             dtype=c.dtype,
@@ -194,21 +206,25 @@ class MLA(nnx.Module):
         kpe_pool: Array,
         view: PageView,
         kernel: dict[str, Any],
-    ) -> Float[Array, "batch tokens heads value"]:
-        """Attention over all pages in the latent space: decode, and prefill of few tokens."""
+    ) -> tuple[Float[Array, "batch tokens heads value"], Float[Array, "batch tokens heads"]]:
+        """Attention over all pages in the latent space: decode, and prefill of few tokens.
+
+        Returns (values, base-2 log-sum-exp).
+        """
         tokens = q_nope.shape[1]
         q_latent = self.absorb_query(q_nope)
-        pages = (ckv_pool, kpe_pool, view.page_ids, view.start, view.length)
+        held = view.held(view.length, ckv_pool.shape[1])
+        pages = (ckv_pool, kpe_pool, view.page_ids, view.start, held)
         if tokens == 1:
-            out, _ = paged_decode(q_latent, q_pe, *pages, **kernel)
+            out, lse = paged_decode(q_latent, q_pe, *pages, **kernel)
         else:
-            out, _ = paged_prefill(
+            out, lse = paged_prefill(
                 *(jax.lax.collapse(q_latent, 0, 2), jax.lax.collapse(q_pe, 0, 2)),
                 *(*pages, view.row_starts, view.counts),
                 max_count=tokens,
                 **kernel,
             )
-        return self.expand_values(out.reshape(q_latent.shape))
+        return self.expand_values(out.reshape(q_latent.shape)), lse.reshape(q_latent.shape[:-1])
 
     def _prefill_expanded(
         self,
@@ -220,11 +236,11 @@ class MLA(nnx.Module):
         kpe_pool: Array,
         view: PageView,
         kernel: dict[str, Any],
-    ) -> Float[Array, "batch tokens heads value"]:
+    ) -> tuple[Float[Array, "batch tokens heads value"], Float[Array, "batch tokens heads"]]:
         """Attention with full keys and values: over the new tokens, then over those cached before.
 
         The cached ones are expanded a block at a time, and the results merged by their
-        log-sum-exp; the loop runs as often as the longest row needs.
+        log-sum-exp; the loop runs as often as the longest row needs. Returns (values, lse).
         """
         batch, tokens = q_nope.shape[:2]
         num_pages, page_size = ckv_pool.shape[:2]
@@ -239,7 +255,7 @@ class MLA(nnx.Module):
             ranges = rows, view.counts, kv_start, kv_count
             return causal_prefill(q, k, v, *ranges, causal=causal, **kernel)
 
-        cached = view.length - view.counts
+        cached = view.held(view.length - view.counts, page_size)
         pages = max(1, CONTEXT_TOKENS // (batch * page_size))
         block = pages * page_size
 
@@ -253,10 +269,11 @@ class MLA(nnx.Module):
             count = jnp.clip(cached - i * block, 0, block)
             return merge_states(*state, *attend(ckv, kpe, count, causal=False))
 
-        state = attend(ckv, kpe, view.counts, causal=True)
+        new, lse = attend(ckv, kpe, view.counts, causal=True)
+        state = new, once_over_context(lse)
         blocks = (cached.max() + block - 1) // block
-        out, _ = jax.lax.fori_loop(jnp.int32(0), blocks, context, state)
-        return out.reshape(batch, tokens, *out.shape[1:])
+        out, lse = jax.lax.fori_loop(jnp.int32(0), blocks, context, state)
+        return out.reshape(batch, tokens, *out.shape[1:]), lse.reshape(batch, tokens, -1)
 
     def project(
         self, x: Float[Array, "batch tokens dim"], rope: Rotation
@@ -270,7 +287,7 @@ class MLA(nnx.Module):
         config = self.config
         cos, sin = rope
         q = self.wq(x) if config.q_lora_rank == 0 else self.wq_b(self.q_norm(self.wq_a(x)))
-        q = q.reshape(*x.shape[:-1], config.n_heads, config.qk_head_dim)
+        q = q.reshape(*x.shape[:-1], -1, config.qk_head_dim)
         q_nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         q_pe = apply_rotary(
             q_pe, cos[..., None, :], sin[..., None, :], interleave=config.rope_interleave
@@ -283,7 +300,8 @@ class MLA(nnx.Module):
         self,
     ) -> tuple[Float[Array, "heads nope latent"], Float[Array, "heads value latent"]]:
         config = self.config
-        weight = self.wkv_b.weight[...].reshape(config.n_heads, -1, config.kv_lora_rank)
+        width = config.qk_nope_head_dim + config.v_head_dim
+        weight = self.wkv_b.weight[...].reshape(-1, width, config.kv_lora_rank)
         return weight[:, : config.qk_nope_head_dim], weight[:, config.qk_nope_head_dim :]
 
     def absorb_query(

@@ -14,7 +14,10 @@ BACKENDS = (
     Backend(
         name="triton", run=triton.expert_ffn_triton, unsupported=triton.unsupported, unfit=needs_gpu
     ),
-    Backend(name="reference", run=lambda *args, interpret: expert_ffn_reference(*args)),
+    Backend(
+        name="reference",
+        run=lambda *args, partial, interpret: expert_ffn_reference(*args, partial=partial),
+    ),
 )
 
 
@@ -26,6 +29,7 @@ def expert_ffn(
     down: Float[Array, "experts dim inter"],
     shared: tuple[Float[Array, "2 wide dim"], Float[Array, "dim wide"]] | None = None,
     *,
+    partial: bool = False,
     backend: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "tokens dim"]:
@@ -36,6 +40,7 @@ def expert_ffn(
     with weight 1, side by side: wide is a multiple of inter. Of the routed experts the Triton
     kernels read only those that some token chose. Products accumulate in float32; the hidden
     layer is rounded to x's dtype, as is the result. The reference is differentiable.
+    partial: some ids may be `experts`, for experts that are not here; these pairs add nothing.
     Errors: ValueError (shape), TypeError (dtype), NotImplementedError (backend).
     """
     experts, _, inter, dim = gate_up.shape
@@ -74,4 +79,6 @@ def expert_ffn(
             raise TypeError(f"{name}: got dtype {array.dtype}, expected {jnp.dtype(dtype)}")
     problem = ExpertProblem.of(expert_ids, gate_up, shared)
     chosen = choose("expert_ffn", BACKENDS, problem, backend)
-    return chosen.run(x, expert_ids, weights, gate_up, down, shared, interpret=interpret)
+    return chosen.run(
+        x, expert_ids, weights, gate_up, down, shared, partial=partial, interpret=interpret
+    )

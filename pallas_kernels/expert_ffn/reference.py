@@ -24,6 +24,8 @@ def expert_ffn_reference(
     gate_up: Float[Array, "experts 2 inter dim"],
     down: Float[Array, "experts dim inter"],
     shared: tuple[Float[Array, "2 wide dim"], Float[Array, "dim wide"]] | None,
+    *,
+    partial: bool = False,
 ) -> Float[Array, "tokens dim"]:
     """`expert_ffn`, differentiable."""
     tokens, active = expert_ids.shape
@@ -49,6 +51,8 @@ def expert_ffn_reference(
     hidden = grouped_dot(x[order // active], gate_up.reshape(experts, 2 * inter, dim))
     y = grouped_dot(activate(*jnp.split(hidden, 2, axis=-1)), down)
     y = jnp.zeros_like(y).at[order].set(y).reshape(tokens, active, dim)
+    if partial:
+        y = jnp.where((expert_ids < experts)[..., None], y, 0)
     out = (y * weights[..., None]).sum(axis=1)
     if shared is not None:
         dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)

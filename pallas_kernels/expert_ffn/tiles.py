@@ -94,18 +94,20 @@ class RowTiles(NamedTuple):
     count: Int[Array, " tiles"]
 
 
-def plan_row_tiles(expert_ids: Int[Array, " pairs"], experts: int, rows: int) -> RowTiles:
+def plan_row_tiles(
+    expert_ids: Int[Array, " pairs"], experts: int, rows: int, *, partial: bool = False
+) -> RowTiles:
     """Group pairs by expert into tiles of `rows`; tiles beyond the last have count 0.
 
-    So few pairs that they fit one tile get one each: no sort, and little is read twice.
+    So few pairs that they fit one tile get one each: no sort, and little is read twice. partial:
+    pairs of ids from `experts` on are in no tile.
     """
     pairs = expert_ids.shape[0]
     if pairs <= rows:
         # Constants of the program: as computed values they would be launches of their own.
         index = np.arange(pairs, dtype=np.int32)
-        return RowTiles(
-            jnp.asarray(index), expert_ids, jnp.asarray(index), jnp.asarray(np.ones_like(index))
-        )
+        count = (expert_ids < experts).astype(jnp.int32) if partial else np.ones_like(index)
+        return RowTiles(jnp.asarray(index), expert_ids, jnp.asarray(index), jnp.asarray(count))
     order = jnp.argsort(expert_ids).astype(jnp.int32)
     sizes = (expert_ids[:, None] == jnp.arange(experts)).sum(axis=0, dtype=jnp.int32)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)

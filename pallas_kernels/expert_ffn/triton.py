@@ -183,6 +183,7 @@ def expert_ffn_triton(
     down: Float[Array, "experts dim inter"],
     shared: tuple[Float[Array, "2 wide dim"], Float[Array, "dim wide"]] | None,
     *,
+    partial: bool,
     interpret: bool,
 ) -> Float[Array, "tokens dim"]:
     """`expert_ffn` on the Triton lowering."""
@@ -195,7 +196,9 @@ def expert_ffn_triton(
 
     hidden_tiles = choose_tiles(problem, gated=True)
     output_tiles = choose_tiles(problem, gated=False)
-    plan = plan_row_tiles(expert_ids.reshape(-1), problem.experts, hidden_tiles.rows)
+    plan = plan_row_tiles(
+        expert_ids.reshape(-1), problem.experts, hidden_tiles.rows, partial=partial
+    )
     hidden = _launch(
         _hidden_kernel,
         "moe_hidden",
@@ -216,6 +219,10 @@ def expert_ffn_triton(
         output_tiles,
         interpret,
     )
-    routed = y[: problem.routed_rows].reshape(problem.tokens, problem.active, dim).sum(axis=1)
+    routed = y[: problem.routed_rows].reshape(problem.tokens, problem.active, dim)
+    if partial:
+        # No block wrote the rows of experts that are not here.
+        routed = jnp.where((expert_ids < problem.experts)[..., None], routed, 0)
+    routed = routed.sum(axis=1)
     always = y[problem.routed_rows :].reshape(problem.shared, problem.tokens, dim).sum(axis=0)
     return (routed + always).astype(x.dtype)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels.precision import precision_for
 
@@ -19,10 +19,12 @@ def attend_pages_reference(
     length: Int[Array, " batch"],
     first: Int[Array, " batch"],
     sm_scale: Float[Array, ""],
+    out_dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "batch tokens heads latent"], Float[Array, "batch tokens heads"]]:
     """Query i of request b sits at position first[b] + i and sees the keys up to it.
 
-    Memory follows the step, not the longest request; time follows the longest request.
+    out_dtype: None is q's. Memory follows the step, not the longest request; time follows the
+    longest request.
     """
     batch, tokens, heads, latent = q_nope.shape
     num_pages, page_size, _ = ckv_cache.shape
@@ -69,4 +71,4 @@ def attend_pages_reference(
     steps = lax.div(length.max() + keys_per_step - 1, jnp.int32(keys_per_step))
     acc, top, total = lax.fori_loop(jnp.int32(0), steps.astype(jnp.int32), step, state)
     out = acc / jnp.where(total == 0, 1.0, total)[..., None]
-    return out.astype(q_nope.dtype), jnp.log2(total) + jnp.where(total == 0, 0.0, top)
+    return out.astype(out_dtype or q_nope.dtype), jnp.log2(total) + jnp.where(total == 0, 0.0, top)

@@ -168,6 +168,60 @@ def _attend(
         plgpu.store(part_lse_ref.at[first + row], lse, mask=owned)
 
 
+def attend_segments(
+    q_nope: Float[Array, "rows latent"],
+    q_pe: Float[Array, "rows rope"],
+    ckv_cache: Float[Array, "pages page latent"],
+    kpe_cache: Float[Array, "pages page rope"],
+    page_ids: Int[Array, " ids"],
+    sm_scale: Float[Array, ""],
+    segments: Int[Array, "segments 10"],
+    *,
+    slots: int,
+    heads: int,
+    row_blocks: int,
+    tiles: PagedTiles,
+    interpret: bool,
+) -> tuple[
+    Float[Array, "rows latent"],
+    Float[Array, " rows"],
+    Float[Array, "slot_rows latent"],
+    Float[Array, " slot_rows"],
+]:
+    """(out, base-2 lse) of the segments without a slot, and in float32 those of each slot.
+
+    segments: rows as in `Segment`. Slot i has the row_blocks * tiles.rows rows from that times i
+    on, in the order of its unit's. What is no segment's is not written.
+    """
+    rows, latent = q_nope.shape
+    if rows < tiles.rows:
+        padding = ((0, tiles.rows - rows), (0, 0))
+        q_nope, q_pe = jnp.pad(q_nope, padding), jnp.pad(q_pe, padding)
+    rope = q_pe.shape[1] > 0
+    with_rope = (q_pe,) if rope else ()
+    pools = (ckv_cache, kpe_cache) if rope else (ckv_cache,)
+    args = (q_nope, *with_rope, *pools, page_ids, sm_scale.reshape(1), segments)
+    scratch = max(slots, 1) * row_blocks * tiles.rows
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        functools.partial(_kernel, tiles=tiles, heads=heads, rope=rope, interpret=interpret),
+        grid=(row_blocks, segments.shape[0]),
+        in_specs=[whole] * len(args),
+        out_specs=[whole] * 4,
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, latent), q_nope.dtype),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
+            jax.ShapeDtypeStruct((scratch, latent), jnp.float32),
+            jax.ShapeDtypeStruct((scratch,), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages
+        ),
+        interpret=interpret,
+        name="mla_paged_attention",
+    )(*args)
+
+
 def attend_pages(
     q_nope: Float[Array, "rows latent"],
     q_pe: Float[Array, "rows rope"],
@@ -189,35 +243,14 @@ def attend_pages(
     A unit has up to row_blocks * tiles.rows rows; each tile of them is a block of its own. slots:
     as many as the parts of split units, at most.
     """
-    rows, latent = q_nope.shape
-    if rows < tiles.rows:
-        padding = ((0, tiles.rows - rows), (0, 0))
-        q_nope, q_pe = jnp.pad(q_nope, padding), jnp.pad(q_pe, padding)
-    segments = work.segments.shape[0]
-    rope = q_pe.shape[1] > 0
-    with_rope = (q_pe,) if rope else ()
-    pools = (ckv_cache, kpe_cache) if rope else (ckv_cache,)
-    args = (q_nope, *with_rope, *pools, page_ids, sm_scale.reshape(1), work.segments)
-    slot_rows = row_blocks * tiles.rows
-    scratch = max(slots, 1) * slot_rows
-    whole = pl.BlockSpec(memory_space=pl.ANY)
-    out, lse, part, part_lse = pl.pallas_call(
-        functools.partial(_kernel, tiles=tiles, heads=heads, rope=rope, interpret=interpret),
-        grid=(row_blocks, segments),
-        in_specs=[whole] * len(args),
-        out_specs=[whole] * 4,
-        out_shape=[
-            jax.ShapeDtypeStruct((rows, latent), q_nope.dtype),
-            jax.ShapeDtypeStruct((rows,), jnp.float32),
-            jax.ShapeDtypeStruct((scratch, latent), jnp.float32),
-            jax.ShapeDtypeStruct((scratch,), jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages
-        ),
+    out, lse, part, part_lse = attend_segments(
+        *(q_nope, q_pe, ckv_cache, kpe_cache, page_ids, sm_scale, work.segments),
+        slots=slots,
+        heads=heads,
+        row_blocks=row_blocks,
+        tiles=tiles,
         interpret=interpret,
-        name="mla_paged_attention",
-    )(*args)
+    )
     if slots == 0:  # as many segments as units: none is split
         return out, lse
     return merge_parts(
@@ -227,7 +260,7 @@ def attend_pages(
         part_lse,
         work.merges,
         work.splits,
-        slot_rows=slot_rows,
+        slot_rows=row_blocks * tiles.rows,
         deterministic=deterministic,
         interpret=interpret,
     )

@@ -1,5 +1,10 @@
-"""How work is cut among the blocks of a launch, computed on the device from traced lengths."""
+"""How work is cut among the blocks of a launch.
 
+Plans of segments are computed on the device from traced lengths, the instruction schedules of the
+megakernel on the host.
+"""
+
+from pallas_kernels.schedule.instructions import CostModel, Schedule, get_quality, schedule
 from pallas_kernels.schedule.split import (
     SplitPlan,
     balanced_share,
@@ -14,12 +19,16 @@ from pallas_kernels.schedule.workers import (
 )
 
 __all__ = [
+    "CostModel",
+    "Schedule",
     "SplitPlan",
     "WorkerPlan",
     "balanced_share",
+    "get_quality",
     "most_segments",
     "most_worker_segments",
     "plan_segments",
     "plan_workers",
+    "schedule",
     "spread",
 ]

@@ -24,8 +24,8 @@ BOUNDS = {
 
 
 @functools.cache
-def jitted(backend: str, interpret: bool):
-    run = functools.partial(expert_ffn, backend=backend, interpret=interpret)
+def jitted(backend: str, interpret: bool, **options):
+    run = functools.partial(expert_ffn, backend=backend, interpret=interpret, **options)
     return jax.jit(run, compiler_options=QUICK_COMPILE)
 
 
@@ -81,6 +81,22 @@ class ExpertSuite:
     def test_one_expert_twice(self, rng):
         """A token may name an expert twice: both weights count."""
         self.check(rng, np.asarray([[3, 3, 1]]), experts=4)
+
+    @pytest.mark.parametrize("tokens", [1, 3, 40])
+    def test_parts_add_up(self, rng, tokens):
+        """Experts in three places: each adds what its own do, and nothing for another's."""
+        ids = random_ids(rng, tokens, 3, 9)
+        ids[0] = (0, 1, 2)  # the first token has nothing elsewhere
+        case = make_experts(rng, ids, experts=9, unused=self.unused)
+        run = functools.partial(jitted(self.backend, self.interpret, partial=True), case.x)
+        parts = []
+        for first in (0, 3, 6):
+            own = slice(first, first + 3)
+            local = np.where((ids >= first) & (ids < first + 3), ids - first, 3)
+            local = jnp.asarray(local, jnp.int32)
+            parts.append(run(local, case.weights, case.gate_up[own], case.down[own]))
+        assert_within(parts[0] + parts[1] + parts[2], mixture(case), BOUNDS["float32"])
+        assert (np.asarray(parts[1])[0] == 0).all()
 
     @pytest.mark.parametrize(("dim", "inter"), [(16, 16), (64, 176), (144, 32)])
     def test_widths(self, rng, dim, inter):
@@ -270,7 +286,7 @@ def test_backend_none(case):
 
 # --- the plan of tiles --------------------------------------------------------------------------
 
-jitted_plan = jax.jit(plan_row_tiles, static_argnums=(1, 2))
+jitted_plan = jax.jit(plan_row_tiles, static_argnums=(1, 2), static_argnames="partial")
 
 
 @settings(max_examples=60, deadline=None)
@@ -298,3 +314,19 @@ def test_plan_row_tiles(shape, data):
         assert (np.asarray(ids)[members] == expert[tile]).all()
         seen += members.tolist()
     assert sorted(seen) == list(range(pairs))
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 16, 17, 90])
+def test_plan_of_a_part(rng, pairs):
+    """Pairs of experts that are elsewhere lie in no tile: their weights would be read."""
+    ids = rng.integers(0, 5, pairs)
+    ids[rng.random(pairs) < 0.5] = 5
+    plan = jitted_plan(jnp.asarray(ids, jnp.int32), 5, 16, partial=True)
+    order, expert, first, count = (np.asarray(part) for part in plan)
+    seen = []
+    for tile in np.flatnonzero(count):
+        members = order[first[tile] :][: count[tile]]
+        assert expert[tile] < 5
+        assert (ids[members] == expert[tile]).all()
+        seen += members.tolist()
+    assert sorted(seen) == np.flatnonzero(ids < 5).tolist()

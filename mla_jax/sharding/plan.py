@@ -1,0 +1,143 @@
+"""What a mesh costs: bytes a device, and messages a decode step, from shapes alone.
+
+Nothing is allocated, so that meshes can be compared which are not there.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding
+
+from mla_jax.config import ModelConfig
+from mla_jax.sharding.layout import check_cache, parameter_spec
+from mla_jax.sharding.mesh import CONTEXT_AXIS, DATA_AXIS, MODEL_AXIS, check_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Message:
+    """A kind of message of a decode step. `bytes` is what one device brings to one of them."""
+
+    kind: str
+    axis: str
+    devices: int
+    count: int
+    bytes: int
+
+    def sent(self) -> float:
+        """Bytes that one device sends for one of them, around a ring."""
+        if self.kind == "all-reduce":
+            return 2 * (self.devices - 1) / self.devices * self.bytes
+        return (self.devices - 1) * self.bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes of each device, and the messages of a decode step."""
+
+    devices: int
+    weight_bytes: int
+    cache_bytes: int
+    logits_bytes: int
+    messages: tuple[Message, ...]
+
+    def message_seconds(self, *, gb_per_s: float, latency_us: float) -> float:
+        """Time of a step's messages, one after the other, on links of this speed a direction.
+
+        count * (latency + bytes sent / speed), summed; latency is one message's, however small.
+        Errors: ValueError for a speed that is not above 0 or a latency below 0.
+
+        >>> message = Message(kind="all-reduce", axis="model", devices=4, count=2, bytes=1000)
+        >>> plan = Plan(
+        ...     devices=4, weight_bytes=0, cache_bytes=0, logits_bytes=0, messages=(message,)
+        ... )
+        >>> round(plan.message_seconds(gb_per_s=1, latency_us=10) * 1e6, 6)
+        23.0
+        """
+        if not gb_per_s > 0:
+            raise ValueError(f"gb_per_s: got {gb_per_s}, expected more than 0")
+        if not latency_us >= 0:
+            raise ValueError(f"latency_us: got {latency_us}, expected 0 or more")
+        return sum(
+            m.count * (latency_us * 1e-6 + m.sent() / (gb_per_s * 1e9)) for m in self.messages
+        )
+
+
+def weight_bytes(config: ModelConfig, mesh: AbstractMesh) -> int:
+    """Bytes of the parameters that lie on each device."""
+    from mla_jax.nn import Decoder  # which is built on this package
+
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    total = 0
+    for _, parameter in nnx.to_flat_state(nnx.state(model)):
+        sharding = NamedSharding(mesh, parameter_spec(parameter, mesh))
+        size = math.prod(sharding.shard_shape(parameter.shape))
+        total += size * jnp.dtype(parameter.dtype).itemsize
+    return total
+
+
+def plan_decode(
+    config: ModelConfig,
+    *,
+    batch: int,
+    tokens: int,
+    data: int = 1,
+    model: int = 1,
+    context: int = 1,
+    page_size: int = 64,
+) -> Plan:
+    """The plan of decoding `batch` rows with room for `tokens` each, in the model's dtype.
+
+    The cache has just the pages that the rows fill, its table and its lengths. Errors: ValueError
+    for a mesh that does not divide the model, the rows, or, rounded up, their pages.
+
+    >>> from mla_jax import presets
+    >>> plan = plan_decode(presets["tiny"], batch=4, tokens=128, model=2)
+    >>> [(message.kind, message.count, message.bytes) for message in plan.messages]
+    [('all-reduce', 8, 3072)]
+    """
+    for name, size in {"batch": batch, "tokens": tokens, "page_size": page_size}.items():
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, expected at least 1")
+    mesh = AbstractMesh((data, context, model), (DATA_AXIS, CONTEXT_AXIS, MODEL_AXIS))
+    check_mesh(config, mesh)
+    max_pages = -(-tokens // page_size)
+    check_cache(mesh, num_pages=data * context, max_batch=batch)
+    rows, item = batch // data, jnp.dtype(config.dtype).itemsize
+    pages = -(-rows * max_pages // context)
+
+    mla = config.mla
+    latent = mla.kv_lora_rank + mla.qk_rope_head_dim
+    pools = pages * page_size * latent * item * config.n_layers
+    table = rows * (max_pages + 1) * jnp.dtype(jnp.int32).itemsize
+    vocab = config.vocab if config.tie_embeddings else config.vocab // model
+
+    # A head's values and its log-sum-exp, before the values of all heads are multiplied.
+    partial = (
+        rows * mla.n_heads // model * (mla.v_head_dim * item + jnp.dtype(jnp.float32).itemsize)
+    )
+    hidden = rows * mla.dim * item
+    messages = (
+        Message(
+            kind="all-reduce",
+            axis=MODEL_AXIS,
+            devices=model,
+            count=2 * config.n_layers,
+            bytes=hidden,
+        ),
+        Message(
+            kind="all-gather",
+            axis=CONTEXT_AXIS,
+            devices=context,
+            count=config.n_layers,
+            bytes=partial,
+        ),
+    )
+    return Plan(
+        devices=data * context * model,
+        weight_bytes=weight_bytes(config, mesh),
+        cache_bytes=pools + table,
+        logits_bytes=rows * vocab * jnp.dtype(jnp.float32).itemsize,
+        messages=tuple(message for message in messages if message.devices > 1),
+    )

@@ -1,0 +1,1 @@
+"""What grouped decode and sparse prefill share: the parts of kernels and references, checks."""

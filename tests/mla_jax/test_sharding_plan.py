@@ -1,0 +1,124 @@
+"""The plan of a mesh, against the memory and the messages of compiled programs."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from meshed import BATCH, CONFIG, MAX_PAGES, PAGE, SHAPES, label, mesh_of, model
+from oracles import QUICK_COMPILE
+from test_cli import run
+
+from mla_jax import PagedLatentCache, decode_step, presets
+from mla_jax.sharding import shard_model
+from mla_jax.sharding.plan import Message, plan_decode
+
+ITEM = {"f32": 4, "u32": 4, "bf16": 2, "u16": 2}
+
+
+def message_sizes(program: str | None) -> list[tuple[str, int]]:
+    """(kind, bytes that a device receives) of each message of a compiled program."""
+    assert program is not None
+    found = re.findall(r"= (\w+)\[([\d,]*)\]\S* (all-reduce|all-gather)(?:-start)?\(", program)
+    return sorted(
+        (kind, ITEM[dtype] * int(np.prod([int(size) for size in shape.split(",")])))
+        for dtype, shape, kind in found
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=label)
+def test_the_plan_is_the_compiled_program(seed, shape):
+    mesh = mesh_of(shape)
+    sharded = shard_model(model(seed), mesh)
+    # As many pages as eight rows fill.
+    cache = PagedLatentCache.create(
+        CONFIG,
+        num_pages=BATCH * MAX_PAGES,
+        page_size=PAGE,
+        max_batch=BATCH,
+        max_pages=MAX_PAGES,
+        mesh=mesh,
+    )
+    tokens = jax.device_put(np.zeros(BATCH, np.int32), cache.lengths.sharding)
+    step = jax.jit(decode_step, donate_argnums=2, compiler_options=QUICK_COMPILE)
+    with jax.set_mesh(mesh):
+        program = step.lower(sharded, tokens, cache).compile()
+    plan = plan_decode(CONFIG, batch=BATCH, tokens=MAX_PAGES * PAGE, page_size=PAGE, **shape)
+    assert plan.devices == 8
+
+    memory = program.memory_analysis()
+    assert memory is not None
+    token_bytes = BATCH // shape["data"] * 4
+    assert memory.argument_size_in_bytes == plan.weight_bytes + plan.cache_bytes + token_bytes
+    assert memory.alias_size_in_bytes == plan.cache_bytes
+    # Beside the two results there is a table of pointers to all of them.
+    results = plan.cache_bytes + plan.logits_bytes
+    assert 0 <= memory.output_size_in_bytes - results <= 8 * (2 * CONFIG.n_layers + 3)
+
+    expected = []
+    for message in plan.messages:
+        gathered = message.devices if message.kind == "all-gather" else 1
+        expected += [(message.kind, message.bytes * gathered)] * message.count
+    assert message_sizes(program.as_text()) == sorted(expected)
+
+
+def test_deepseek_v3_by_hand():
+    """Heads, experts and vocabulary over 16, two groups of 64 rows, one layer's cache 576 wide."""
+    plan = plan_decode(presets["deepseek-v3"], batch=128, tokens=4096, data=2, model=16)
+    dim, heads, layers, dense = 7168, 128, 61, 3
+    attention = dim * (1536 + 576) + (heads * 192 * 1536 + heads * 256 * 512) // 16
+    attention += dim * heads * 128 // 16 + 1536 + 512 + 2 * dim
+    moe = (256 * 3 * 2048 * dim + 3 * 2048 * dim) // 16 + 256 * dim
+    weights = layers * attention + dense * 3 * 18432 * dim // 16 + (layers - dense) * moe
+    weights += 129280 * dim + 129280 * dim // 16 + dim
+    assert plan.weight_bytes == 2 * weights + (layers - dense) * 256 * 4  # float32 biases
+    assert plan.cache_bytes == 64 * 4096 * 576 * 2 * layers + 64 * (64 + 1) * 4
+    assert plan.messages == (
+        Message(kind="all-reduce", axis="model", devices=16, count=122, bytes=64 * dim * 2),
+    )
+
+
+def test_the_time_of_messages():
+    plan = plan_decode(CONFIG, batch=8, tokens=64, model=2, context=4)
+    reduce, gather = plan.messages
+    # Of a ring of two each sends its half twice; of four each passes on three parts.
+    assert reduce.sent() == reduce.bytes
+    assert gather.sent() == 3 * gather.bytes
+    expected = sum(m.count * (5e-6 + m.sent() / 50e9) for m in plan.messages)
+    assert plan.message_seconds(gb_per_s=50, latency_us=5) == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"^gb_per_s: got 0, expected more than 0$"):
+        plan.message_seconds(gb_per_s=0, latency_us=5)
+    with pytest.raises(ValueError, match=r"^latency_us: got -1, expected 0 or more$"):
+        plan.message_seconds(gb_per_s=1, latency_us=-1)
+
+
+def test_the_command_line(capsys):
+    command = ("doctor", "--plan", "--preset", "deepseek-v3", "--batch", "128")
+    mesh = ("--mesh", "data=4,model=16")
+    status, out, _ = run(capsys, *command, *mesh)
+    assert status == 0
+    assert "deepseek-v3 on 64 devices: data=4 model=16" in out
+    assert "all-reduce over model: 122 a step, 458.8 kB each" in out
+    link = ("--link-gb-s", "300", "--link-us", "10")
+    status, out, _ = run(capsys, *command, *mesh, *link, "--json")
+    assert status == 0
+    report = json.loads(out)
+    sent = 2 * 15 / 16 * 32 * 7168 * 2
+    assert report["message_us"] == pytest.approx(122 * (10 + sent / 300e3))
+    assert report["messages"][0]["devices"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mesh", "model=3"), "mesh: got model=3, expected a divisor of n_heads=16"),
+        (("--mesh", "data=2"), "max_batch: got 1, expected a multiple of the mesh's data=2"),
+        (("--batch", "0"), "batch: got 0, expected at least 1"),
+        (("--link-us", "3"), "--link-gb-s: got none, expected both numbers of the link or neither"),
+    ],
+)
+def test_refusals(capsys, arguments, message):
+    status, out, err = run(capsys, "doctor", "--plan", *arguments)
+    assert (status, out) == (2, "")
+    assert message in " ".join(err.split())
