@@ -79,7 +79,7 @@ def check_strides(name: str, array: Any, inner: int) -> None:
     steps = [(axis, stride) for axis, stride in enumerate(strides) if shape[axis] > 1]
     lead = len(shape) - inner
     compact = all(stride == math.prod(shape[axis + 1 :]) for axis, stride in steps if axis >= lead)
-    falling = all(a >= b > 0 for (_, a), (_, b) in itertools.pairwise(steps))
+    falling = all(a >= b for (_, a), (_, b) in itertools.pairwise(steps))
     if not compact or not falling or any(stride <= 0 for _, stride in steps):
         raise ValueError(
             f"{name}: got strides {strides} for shape {shape}, expected contiguous last {inner} "

@@ -47,7 +47,7 @@ def _attend(
 
 
 def _split(
-    mask: Bool[Array, "*leading keys"] | Float[Array, "*leading keys"], keys: int
+    mask: Bool[Array, "*leading given"] | Float[Array, "*leading given"], keys: int
 ) -> tuple[Bool[Array, "*leading keys"], Float[Array, "*leading keys"] | None]:
     """A mask as (visible, bias) over the first `keys` keys; keys behind its end are hidden."""
     short = [(0, 0)] * (mask.ndim - 1) + [(0, max(keys - mask.shape[-1], 0))]

@@ -11,7 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, DTypeLike
 
 from pallas_kernels.causal_prefill.blocks import columns, dot
-from pallas_kernels.causal_prefill.tiles import split_width
+from pallas_kernels.causal_prefill.tiles import SHARED_BYTES, split_width
 from pallas_kernels.checks import FLOATS
 from pallas_kernels.exponential import LOG2_E, NEG_INF, exp2
 
@@ -72,6 +72,20 @@ def apply_mask(s, ref, index, position, present):
     if mask.dtype == jnp.int8:
         return jnp.where(mask != 0, s, NEG_INF)
     return s + mask.astype(jnp.float32) * LOG2_E
+
+
+def stages_that_fit(
+    rows: int, keys: int, *, width: int, dtype: DTypeLike, mask_bytes: int, blocks_per_core: int
+) -> int:
+    """How many steps of `keys` keys and values, and of a mask, a block has room for beside q."""
+    itemsize = jnp.dtype(compute_dtype(dtype)).itemsize
+    room = SHARED_BYTES // blocks_per_core - rows * width * itemsize
+    return room // (2 * keys * width * itemsize + rows * keys * mask_bytes)
+
+
+def mask_bytes(mask: Array | None) -> int:
+    """Bytes of one element of a mask, 0 without."""
+    return 0 if mask is None else mask.dtype.itemsize
 
 
 def as_loadable(mask: Array) -> Array:

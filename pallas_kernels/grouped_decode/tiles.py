@@ -4,12 +4,10 @@ To the plan and the merge a request's key head is a request of its own: `group` 
 blocks of that head.
 """
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.causal_prefill.tiles import SHARED_BYTES
 from pallas_kernels.device import Device
-from pallas_kernels.grouped_attention.blocks import BLOCK, compute_dtype, unsupported_width
+from pallas_kernels.grouped_attention.blocks import BLOCK, stages_that_fit, unsupported_width
 from pallas_kernels.paged_attention import PagedProblem, PagedTiles
 from pallas_kernels.tuning import tuned
 
@@ -37,16 +35,25 @@ def unsupported(problem: PagedProblem) -> str | None:
     return unsupported_width(problem.latent)
 
 
-def default_tiles(problem: PagedProblem) -> PagedTiles:
+def default_tiles(problem: PagedProblem, mask_bytes: int = 0) -> PagedTiles:
     """Tiles on a device that has no table of its own: as much in flight as a core has room for.
 
     Two blocks a core take turns; heads so wide that these would have one step in flight get one.
+    mask_bytes: those of a mask's element.
     """
-    itemsize = jnp.dtype(compute_dtype(problem.dtype)).itemsize
     rows = next((size for size in (16, 32) if problem.rows <= size), 64)
-    keys = BLOCK if itemsize < 4 else BLOCK // 2
-    room = SHARED_BYTES // (problem.latent * itemsize)
-    stages = {number: (room // number - rows) // (2 * keys) for number in (1, 2)}
+    keys = BLOCK if problem.dtype != "float32" else BLOCK // 2
+    stages = {
+        number: stages_that_fit(
+            rows,
+            keys,
+            width=problem.latent,
+            dtype=problem.dtype,
+            mask_bytes=mask_bytes,
+            blocks_per_core=number,
+        )
+        for number in (1, 2)
+    }
     blocks_per_core = 2 if stages[2] > 1 else 1
     return PagedTiles(
         rows=rows,
@@ -57,8 +64,11 @@ def default_tiles(problem: PagedProblem) -> PagedTiles:
     )
 
 
-def choose_tiles(problem: PagedProblem, device: Device) -> PagedTiles:
-    """The device's tuned tiles, else the default ones; neither batch nor lengths matter."""
+def choose_tiles(problem: PagedProblem, device: Device, mask_bytes: int = 0) -> PagedTiles:
+    """The device's tuned tiles, else the default ones; neither batch nor lengths matter.
+
+    Tuned ones are those without a mask, which takes memory of its own.
+    """
     key = {"rows": problem.rows, "width": problem.latent, "dtype": problem.dtype}
-    found = tuned(problem.op, device, **key)
-    return PagedTiles(**found) if found else default_tiles(problem)
+    found = tuned(problem.op, device, **key) if mask_bytes == 0 else None
+    return PagedTiles(**found) if found else default_tiles(problem, mask_bytes)

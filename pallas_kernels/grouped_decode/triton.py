@@ -24,6 +24,7 @@ from pallas_kernels.grouped_attention.blocks import (
     as_loadable,
     compute_dtype,
     load_block,
+    mask_bytes,
     store_columns,
 )
 from pallas_kernels.grouped_decode.tiles import choose_tiles, problem_of
@@ -147,7 +148,7 @@ def grouped_decode_triton(
     batch, heads, _ = q.shape
     kv_heads, blocks = k_cache.shape[1:3]
     problem, device = problem_of(q, k_cache), current_device()
-    tiles = tiles or choose_tiles(problem, device)
+    tiles = tiles or choose_tiles(problem, device, mask_bytes(mask))
     # Garbage in traced lengths must not lead outside the arrays.
     most = blocks * BLOCK if mask is None else min(blocks * BLOCK, mask.shape[2])
     length = jnp.repeat(jnp.clip(length, 0, most), kv_heads)

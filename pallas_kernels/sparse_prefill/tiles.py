@@ -6,9 +6,14 @@ from typing import NamedTuple, Self
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.causal_prefill.tiles import SHARED_BYTES, CausalTiles
+from pallas_kernels.causal_prefill.tiles import CausalTiles
 from pallas_kernels.device import Device
-from pallas_kernels.grouped_attention.blocks import BLOCK, compute_dtype, unsupported_width
+from pallas_kernels.grouped_attention.blocks import (
+    BLOCK,
+    mask_bytes,
+    stages_that_fit,
+    unsupported_width,
+)
 from pallas_kernels.tuning import tuned
 
 
@@ -28,6 +33,8 @@ class SparseProblem:
     """Leading axes, 1 or batch and 1 or heads, of the layout; None without one."""
     mask: tuple[int, int] | None
     """The same of the mask."""
+    mask_bytes: int = 0
+    """Those of a mask's element."""
 
     @classmethod
     def of(
@@ -56,6 +63,7 @@ class SparseProblem:
             paged=block_table is not None,
             layout=leading(layout),
             mask=leading(mask),
+            mask_bytes=mask_bytes(mask),
         )
 
     @property
@@ -70,29 +78,38 @@ def unsupported(problem: SparseProblem) -> str | None:
 
 
 def default_tiles(problem: SparseProblem) -> CausalTiles:
-    """Tiles on a device that has no table of its own.
+    """Tiles on a device that has no table of its own. Found on an H100.
 
     A layout's blocks hold 64 queries; without one, taller tiles read the keys less often.
     """
-    itemsize = jnp.dtype(compute_dtype(problem.dtype)).itemsize
-    if itemsize == 4:
-        stages = 2 if problem.width < 256 else 1
-        return CausalTiles(rows=32, keys=32, num_warps=4, num_stages=stages)
-    tall = not problem.sparse and problem.tokens >= 512 and problem.width <= 192
+    wide = problem.dtype == "float32"
+    tall = not wide and not problem.sparse and problem.tokens >= 512 and problem.width <= 192
     rows = 2 * BLOCK if tall else BLOCK
-    room = SHARED_BYTES // (problem.width * itemsize) - rows
+    rows, keys = (BLOCK // 2,) * 2 if wide else (rows, BLOCK)
+    stages = stages_that_fit(
+        rows,
+        keys,
+        width=problem.width,
+        dtype=problem.dtype,
+        mask_bytes=problem.mask_bytes,
+        blocks_per_core=1,
+    )
     return CausalTiles(
         rows=rows,
-        keys=BLOCK,
+        keys=keys,
         num_warps=8 if tall else 4,
-        num_stages=max(1, min(3 if tall else 2, room // (2 * BLOCK))),
+        num_stages=max(1, min(2 if wide else 3, stages)),
     )
 
 
 def choose_tiles(problem: SparseProblem, device: Device) -> CausalTiles:
-    """The device's tuned tiles, else the default ones, from shapes alone."""
+    """The device's tuned tiles, else the default ones, from shapes alone.
+
+    Tuned ones are those of long prompts without a mask, which takes memory of its own.
+    """
+    measured = problem.tokens >= 512 and problem.mask is None
     key = {"width": problem.width, "dtype": problem.dtype, "sparse": problem.sparse}
-    found = tuned("sparse_prefill", device, **key) if problem.tokens >= 512 else None
+    found = tuned("sparse_prefill", device, **key) if measured else None
     return CausalTiles(**found) if found else default_tiles(problem)
 
 
@@ -110,6 +127,6 @@ def plan_visits(layout: Bool[Array, "layouts blocks blocks"], causal: bool) -> V
     if causal:
         layout = layout & (block <= block[:, None])
     return Visits(
-        block=jnp.sort(jnp.where(layout, block, blocks), axis=-1),
+        block=jnp.sort(jnp.where(layout, block, blocks), axis=-1, stable=False),
         count=jnp.sum(layout, axis=-1, dtype=jnp.int32),
     )

@@ -10,6 +10,7 @@ from lowered import kernels
 from mla_jax import flash_mla
 from pallas_kernels.causal_prefill.tiles import SHARED_BYTES, CausalTiles
 from pallas_kernels.device import current_device
+from pallas_kernels.grouped_attention.blocks import compute_dtype
 from pallas_kernels.grouped_decode import grouped_decode
 from pallas_kernels.grouped_decode.tiles import choose_tiles as decode_tiles
 from pallas_kernels.grouped_decode.tiles import problem_of
@@ -152,14 +153,18 @@ def test_decode_splits(num_splits, deterministic):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_chosen_tiles_fit(width, dtype):
     """What the blocks hold and stream fits a core's shared memory."""
-    device, itemsize = current_device(), jnp.dtype(dtype).itemsize
-    for heads in ((32, 8), (64, 1)):
+    device, itemsize = current_device(), jnp.dtype(compute_dtype(dtype)).itemsize
+
+    def held(tiles: PagedTiles | CausalTiles, mask_bytes: int) -> int:
+        streamed = 2 * tiles.keys * width * itemsize + tiles.rows * tiles.keys * mask_bytes
+        return tiles.rows * width * itemsize + tiles.num_stages * streamed
+
+    for heads, mask_bytes in itertools.product(((32, 8), (64, 1)), (0, 1, 4)):
         q = jnp.zeros((1, heads[0], width), dtype)
         cache = jnp.zeros((1, heads[1], 1, 64, width), dtype)
-        tiles = decode_tiles(problem_of(q, cache), device)
-        held = (tiles.rows + 2 * tiles.num_stages * tiles.keys) * width * itemsize
-        assert tiles.blocks_per_core * held <= SHARED_BYTES
-    for layout in (None, (1, 1)):
+        tiles = decode_tiles(problem_of(q, cache), device, mask_bytes)
+        assert tiles.blocks_per_core * held(tiles, mask_bytes) <= SHARED_BYTES
+    for layout, mask_bytes in itertools.product((None, (1, 1)), (0, 1, 4)):
         problem = SparseProblem(
             batch=1,
             heads=8,
@@ -170,8 +175,7 @@ def test_chosen_tiles_fit(width, dtype):
             causal=True,
             paged=False,
             layout=layout,
-            mask=None,
+            mask=(1, 1) if mask_bytes else None,
+            mask_bytes=mask_bytes,
         )
-        tiles = prefill_tiles(problem, device)
-        held = (tiles.rows + 2 * tiles.num_stages * tiles.keys) * width * itemsize
-        assert held <= SHARED_BYTES
+        assert held(prefill_tiles(problem, device), mask_bytes) <= SHARED_BYTES
