@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mla_jax.bench.timing import CALLS, Burst, alternating_seconds, burst_of, chained
+from mla_jax.bench.timing import CALLS, Burst, burst_of, chained
 from mla_jax.paged import DEFAULT_SM_SCALE
 
 LARGE = 1 << 30
@@ -36,36 +36,17 @@ class PagedInputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A program of `calls` calls: bursts of its runs, and one call's output in float32.
-
-    twice: bursts of a program of as many calls again. What is longer about it is `calls` calls and
-    nothing else: not the start of a program, nor a work plan that is made once.
-    """
+    """A program of `calls` calls: bursts of its runs, and one call's output in float32."""
 
     burst: Burst
     output: Callable[[], np.ndarray]
     calls: int
-    twice: Burst | None = None
 
 
-def microseconds_in_turns(contenders: Sequence[Contender]) -> list[float]:
-    """Microseconds a call of each, their bursts in turns."""
-    bursts = [burst for c in contenders for burst in (c.burst, c.twice or c.burst)]
-    seconds = iter(alternating_seconds(bursts))
-    micros = []
-    for c in contenders:
-        once, twice = next(seconds), next(seconds)
-        micros.append((twice - once if c.twice else once) / c.calls * 1e6)
-    return micros
-
-
-def jax_contender(
-    call: Callable[..., Array], *args: Any, calls: int = CALLS, twice: bool = False
-) -> Contender:
+def jax_contender(call: Callable[..., Array], *args: Any, calls: int = CALLS) -> Contender:
     """`call(*args)`, whose result is like its first argument, chained within one jitted program."""
     return Contender(
         burst=burst_of(chained(call, calls), *args),
-        twice=burst_of(chained(call, 2 * calls), *args) if twice else None,
         output=lambda: np.asarray(jax.jit(call)(*args).astype(jnp.float32)),
         calls=calls,
     )
@@ -129,10 +110,10 @@ def flash_mla_lacks() -> str | None:
 
 
 def flash_mla(inputs: PagedInputs) -> Contender:
-    """FlashMLA's dense Hopper kernel, of PyPI's sgl-flash-mla, in CUDA graphs.
+    """FlashMLA's dense Hopper kernel, of PyPI's sgl-flash-mla, in one CUDA graph.
 
     Its cache holds latent and rope side by side in pages of 64: a copy of ours. It cuts the work
-    in its first call, outside the graphs, and keeps that plan for the later ones.
+    in its first call, outside the graph, and keeps that plan for the later ones.
     """
     torch, package = import_module("torch"), import_module("flash_mla")
     torch.cuda.empty_cache()  # the last shape's memory, which JAX may want
@@ -163,26 +144,17 @@ def flash_mla(inputs: PagedInputs) -> Contender:
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
 
-    def graph_of(calls: int) -> Burst:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                call()
+    def burst(runs: int) -> None:
+        for _ in range(runs):
+            graph.replay()
+        torch.cuda.synchronize()
 
-        def burst(runs: int) -> None:
-            for _ in range(runs):
-                graph.replay()
-            torch.cuda.synchronize()
-
-        return burst
-
-    return Contender(
-        burst=graph_of(CALLS),
-        twice=graph_of(2 * CALLS),
-        output=lambda: call().float().cpu().numpy(),
-        calls=CALLS,
-    )
+    return Contender(burst=burst, output=lambda: call().float().cpu().numpy(), calls=CALLS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
