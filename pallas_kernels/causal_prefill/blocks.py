@@ -12,13 +12,20 @@ from pallas_kernels.precision import precision_for
 MAX_WIDTH = 256
 
 
-def unsupported(problem: CausalProblem) -> str | None:
-    """None if the kernels can run `problem`, else the reason why not."""
-    if split_width(problem.width) is None:
+def unsplit_width(width: int) -> str | None:
+    """None if a head of `width` can be held in parts, else the reason why not."""
+    if split_width(width) is None:
         return (
-            f"head width is {problem.width}, the Triton lowering needs a power of two from 16 "
+            f"head width is {width}, the Triton lowering needs a power of two from 16 "
             "or a sum of two"
         )
+    return None
+
+
+def unsupported(problem: CausalProblem) -> str | None:
+    """None if the kernels can run `problem`, else the reason why not."""
+    if reason := unsplit_width(problem.width):
+        return reason
     if split_width(problem.value_width) != (problem.value_width,):
         return f"value width is {problem.value_width}, the kernel needs a power of two from 16"
     for name, width in (("head", problem.width), ("value", problem.value_width)):
@@ -34,27 +41,36 @@ def columns(width: int) -> list[tuple[int, int]]:
     return [(sum(parts[:i]), size) for i, size in enumerate(parts)]
 
 
-def load_rows(ref, head, row, mask=None):
-    """The parts of the rows `row` of one head; where not `mask`, zeros, whatever lies there.
+def load_parts(ref, index, mask=None):
+    """The parts of ref[*index, :], whose rows stand as [:, None]; where not `mask`, zeros.
 
     Numbers, not a slice: interpret mode refuses slices longer than the array, even where the loop
     around them never runs.
     """
-    where = {} if mask is None else {"mask": mask[:, None], "other": 0}
+    where = {} if mask is None else {"mask": mask[:, None], "other": 0.0}
     return tuple(
-        plgpu.load(ref.at[row[:, None], head, start + jnp.arange(size)[None, :]], **where)
-        for start, size in columns(ref.shape[2])
+        plgpu.load(ref.at[*index, start + jnp.arange(size)[None, :]], **where)
+        for start, size in columns(ref.shape[-1])
     )
+
+
+def store_parts(ref, index, mask, parts):
+    """The counterpart of `load_parts`: columns behind the parts' are left as they are."""
+    start = 0
+    for part in parts:
+        column = start + jnp.arange(part.shape[1])[None, :]
+        plgpu.store(ref.at[*index, column], part.astype(ref.dtype), mask=mask[:, None])
+        start += part.shape[1]
+
+
+def load_rows(ref, head, row, mask=None):
+    """The parts of the rows `row` of one head of ref [rows, heads, width]."""
+    return load_parts(ref, (row[:, None], head), mask)
 
 
 def store_rows(ref, head, row, mask, parts):
     """The counterpart of `load_rows`."""
-    for (start, size), part in zip(columns(ref.shape[2]), parts, strict=True):
-        plgpu.store(
-            ref.at[row[:, None], head, start + jnp.arange(size)[None, :]],
-            part.astype(ref.dtype),
-            mask=mask[:, None],
-        )
+    store_parts(ref, (row[:, None], head), mask, parts)
 
 
 def dot(a, b, *, trans_b=False):

@@ -10,8 +10,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, DTypeLike
 
-from pallas_kernels.causal_prefill.blocks import columns, dot
-from pallas_kernels.causal_prefill.tiles import SHARED_BYTES, split_width
+from pallas_kernels.causal_prefill.blocks import (
+    MAX_WIDTH,
+    columns,
+    dot,
+    load_parts,
+    unsplit_width,
+)
+from pallas_kernels.causal_prefill.tiles import SHARED_BYTES
 from pallas_kernels.checks import FLOATS
 from pallas_kernels.exponential import LOG2_E, NEG_INF, exp2
 
@@ -19,7 +25,6 @@ BLOCK = 64
 """Tokens of a cache block, and the side of a block of a sparse layout."""
 FP8 = "float8_e4m3fn"
 DTYPES = (*FLOATS, FP8)
-MAX_WIDTH = 256
 
 Parts = tuple[Array, ...]
 
@@ -33,35 +38,13 @@ def unsupported_width(width: int) -> str | None:
     """None if a tile can hold heads of this width, else the reason why not."""
     if width > MAX_WIDTH:
         return f"head width is {width}, a tile holds at most {MAX_WIDTH}"
-    if split_width(width) is None:
-        return (
-            f"head width is {width}, the Triton lowering needs a power of two from 16 "
-            "or a sum of two"
-        )
-    return None
+    return unsplit_width(width)
 
 
 def load_block(ref, first, row, present=None) -> Parts:
     """ref[first, row], in parts; where not `present`, zeros, whatever lies there."""
-    where = {} if present is None else {"mask": present[:, None], "other": 0.0}
     dtype = compute_dtype(ref.dtype)
-    return tuple(
-        plgpu.load(ref.at[first, row[:, None], start + jnp.arange(size)[None, :]], **where).astype(
-            dtype
-        )
-        for start, size in columns(ref.shape[2])
-    )
-
-
-def store_columns(ref, index, parts: Parts, owned) -> None:
-    """ref[*index, :width] = parts, where `owned`; the last of `index` are rows."""
-    *first, row = index
-    start = 0
-    for part in parts:
-        column = start + jnp.arange(part.shape[1])
-        at = ref.at[*first, row[:, None], column[None, :]]
-        plgpu.store(at, part.astype(ref.dtype), mask=owned[:, None])
-        start += part.shape[1]
+    return tuple(part.astype(dtype) for part in load_parts(ref, (first, row[:, None]), present))
 
 
 def apply_mask(s, ref, index, position, present):

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.causal_prefill.blocks import dot_parts
+from pallas_kernels.causal_prefill.blocks import dot_parts, store_parts
 from pallas_kernels.device import current_device
 from pallas_kernels.exponential import LOG2_E, NEG_INF
 from pallas_kernels.grouped_attention.blocks import (
@@ -25,7 +25,6 @@ from pallas_kernels.grouped_attention.blocks import (
     compute_dtype,
     load_block,
     mask_bytes,
-    store_columns,
 )
 from pallas_kernels.grouped_decode.tiles import choose_tiles, problem_of
 from pallas_kernels.paged_attention import PagedTiles, Units, Work, most_slots, pack
@@ -66,13 +65,13 @@ def _kernel(
 
         @pl.when(segment.slot < 0)
         def _():
-            store_columns(out_ref, (segment.base + row,), out, owned)
+            store_parts(out_ref, (segment.base + row[:, None],), owned, out)
             plgpu.store(lse_ref.at[segment.base + row], lse, mask=owned)
 
         @pl.when(segment.slot >= 0)
         def _():
             slot_row = segment.slot * pl.num_programs(0) * tiles.rows + row
-            store_columns(part_ref, (slot_row,), out, owned)
+            store_parts(part_ref, (slot_row[:, None],), owned, out)
             plgpu.store(part_lse_ref.at[slot_row], lse, mask=owned)
 
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.causal_prefill.blocks import dot_parts
+from pallas_kernels.causal_prefill.blocks import dot_parts, store_parts
 from pallas_kernels.causal_prefill.tiles import CausalTiles
 from pallas_kernels.device import current_device
 from pallas_kernels.exponential import LOG2_E, NEG_INF
@@ -25,7 +25,6 @@ from pallas_kernels.grouped_attention.blocks import (
     as_loadable,
     compute_dtype,
     load_block,
-    store_columns,
 )
 from pallas_kernels.sparse_prefill.tiles import SparseProblem, Visits, choose_tiles, plan_visits
 
@@ -81,7 +80,7 @@ def _kernel(
         carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), carry)
     carry = lax.fori_loop(whole, end, functools.partial(step, masked=True), carry)
     out, lse = carry[0].finish()
-    store_columns(out_ref, (head, row), out, is_query)
+    store_parts(out_ref, (head, row[:, None]), is_query, out)
     plgpu.store(lse_ref.at[head, row], lse, mask=is_query)
 
 
