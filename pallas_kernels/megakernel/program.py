@@ -77,13 +77,12 @@ def read_program(schedule: Schedule, lengths: Int[Array, " batch"] | None) -> Pr
 
     partial = padded[positions(op == PARTIAL, num_partials)]
     batch = jnp.clip(partial[:, 4], 0, schedule.batch - 1)
-    end, length = partial[:, 7], partial[:, 8]
+    busy, end, length = partial[:, 0] == PARTIAL, partial[:, 7], partial[:, 8]
     if lengths is not None:
-        busy = partial[:, 0] == PARTIAL
         length = jnp.where(busy, jnp.maximum(lengths, 0)[batch], 0)
         end = jnp.minimum(end, length)
     partials = Partials(
-        busy=partial[:, 0] == PARTIAL,
+        busy=busy,
         row=-partial[:, 2] - 1,
         batch=batch,
         q_seq=partial[:, 5],

@@ -119,9 +119,7 @@ def _check_flow(listed: Listed, new_tokens: int, batch: int) -> None:
 def levels(listed: Listed) -> np.ndarray:
     """0 for partials, and for reductions one more than their dependencies' highest level."""
     level = np.zeros(len(listed.uid), np.int64)
-    order = np.argsort(listed.uid)
-    reducer, dependency = listed.edges
-    producer = order[np.searchsorted(listed.uid[order], dependency)]
+    reducer, producer = listed.row_edges
     for _ in range(len(level)):
         raised = np.zeros_like(level)
         np.maximum.at(raised, reducer, level[producer] + 1)
@@ -133,9 +131,7 @@ def levels(listed: Listed) -> np.ndarray:
 
 def _check_sequences(listed: Listed, level: np.ndarray) -> None:
     """A reduction puts together what belongs to its own sequence and group of tokens."""
-    order = np.argsort(listed.uid)
-    reducer, dependency = listed.edges
-    producer = order[np.searchsorted(listed.uid[order], dependency)]
+    reducer, producer = listed.row_edges
     sequence = np.where(listed.op == PARTIAL, listed.q_batch, -1)
     for number in range(1, int(level.max()) + 1):
         now = level[reducer] == number

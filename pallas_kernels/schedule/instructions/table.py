@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.schedule.instructions.check import check_table
 from pallas_kernels.schedule.instructions.costs import DEFAULT_COSTS, CostModel
 from pallas_kernels.schedule.instructions.timeline import Event, makespan, simulate_times
-from pallas_kernels.schedule.instructions.words import FIRST_DEPENDENCY, Listed
+from pallas_kernels.schedule.instructions.words import FIRST_DEPENDENCY, WORDS, Listed
 
 HEADS = (16, 8)
 
@@ -140,12 +140,12 @@ class Schedule:
 
 def pack_queues(queues: list[list[list[int]]]) -> np.ndarray:
     """A table of the processors' queues of instructions, padded with no-ops and zeros."""
-    table = np.zeros((len(queues), bucket(max(map(len, queues), default=0), 2), 32), np.int32)
+    table = np.zeros((len(queues), bucket(max(map(len, queues), default=0), 2), WORDS), np.int32)
     for row, queue in zip(table, queues, strict=True):
         for words, instruction in zip(row, queue, strict=False):
             if len(instruction) > len(words):
                 raise ValueError(
-                    f"instructions: got one of {len(instruction)} words, expected at most 32: "
+                    f"instructions: got one of {len(instruction)} words, expected at most {WORDS}: "
                     "a dependency list is over-long"
                 )
             words[: len(instruction)] = instruction

@@ -6,7 +6,7 @@ import numpy as np
 
 from pallas_kernels.schedule.instructions.costs import CostModel
 from pallas_kernels.schedule.instructions.quality import steps_of
-from pallas_kernels.schedule.instructions.words import PARTIAL, Listed
+from pallas_kernels.schedule.instructions.words import FIRST_DEPENDENCY, PARTIAL, Listed
 
 
 class Event(NamedTuple):
@@ -55,7 +55,8 @@ def simulate_times(listed: Listed, costs: CostModel) -> tuple[Event, ...]:
             if ops[row] == PARTIAL:
                 end = start + costs.partial_time(steps_of(last[row] - first[row]))
             else:
-                end = _ends(start, words[row, 5 : 5 + inputs[row]].tolist(), ended, costs)
+                listed_uids = words[row, FIRST_DEPENDENCY : FIRST_DEPENDENCY + inputs[row]]
+                end = _ends(start, listed_uids.tolist(), ended, costs)
             if end is None:
                 continue
             moved = True

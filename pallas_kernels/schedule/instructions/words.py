@@ -91,3 +91,10 @@ class Listed:
         listed = np.arange(MOST_DEPENDENCIES) < self.inputs[:, None]
         row, column = np.nonzero(listed)
         return row, self.words[row, FIRST_DEPENDENCY + column]
+
+    @property
+    def row_edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """`edges` with the row of the dependency: every uid must be some instruction's."""
+        order = np.argsort(self.uid)
+        reducer, dependency = self.edges
+        return reducer, order[np.searchsorted(self.uid[order], dependency)]
