@@ -21,7 +21,8 @@ needs_mosaic_gpu = pytest.mark.skipif(
 def no_races() -> Iterator[None]:
     """AssertionError if a kernel that was interpreted inside has a race, or if none was.
 
-    The interpreter prints a race and sets `races_found` in a state that every kernel makes anew.
+    The interpreter prints a race and sets `races_found` in a state that every kernel makes anew; of
+    jax 0.12 on, it raises one.
     """
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, race_detection_state
 
@@ -37,6 +38,11 @@ def no_races() -> Iterator[None]:
         try:
             yield
             jax.effects_barrier()
+        except jax.errors.JaxRuntimeError as error:
+            if "RACE DETECTED" not in str(error):
+                raise
+            print(error)
+            raise AssertionError("RACE DETECTED, see the output") from error
         finally:
             # A kernel that raised leaves its memory to the next one.
             gpu_callbacks.reset_gpu_interpret_mode_state()
