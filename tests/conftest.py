@@ -31,6 +31,14 @@ def pytest_report_header() -> str:
     return f"MLA_JAX_SEED={SEED} (set it to repeat this run's random inputs)"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_programs_left():
+    """A compiled program holds memory maps, of which Linux lets a process have 65,530: a worker
+    that kept those of all modules would be killed."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def seed() -> int:
     """This run's seed; the report header prints it, `MLA_JAX_SEED` fixes it."""
