@@ -62,6 +62,12 @@ def add_parser(subparsers) -> None:
         help="time the mode whose results do not depend on the rest of the batch",
     )
     paged.add_argument("--plot", type=Path, metavar="FILE", help="draw the results here, an SVG")
+    paged.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="instead of timing, trace what the warpgroups of the Mosaic GPU kernel wait for",
+    )
     paged.set_defaults(run=run_paged)
     prefill = kinds.add_parser(
         "prefill",
@@ -156,6 +162,8 @@ def run_paged(args: argparse.Namespace) -> int:
 
     # Mistakes first: measuring takes minutes.
     shapes = paged.find_shapes(None if args.shapes == ["all"] else args.shapes)
+    if args.profile is not None:
+        return _profile(shapes, args.profile)
     against = peers.find_peers(args.against)
     for shape in shapes:
         paged.backend_for(shape, args.backend)
@@ -183,6 +191,27 @@ def run_paged(args: argparse.Namespace) -> int:
         results.write(args.json, rows, ceilings=ceilings, geometric_means=means)
     if args.plot is not None:
         plot.draw(results.document(rows, ceilings=ceilings), args.plot)
+    return 0
+
+
+def _profile(shapes: Iterable, folder: Path) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mla_jax.bench import profile
+
+    if not folder.is_dir():
+        raise ValueError(f"profile: {folder} is not a folder")
+    profile.check()
+    for shape in shapes:
+        trace, stages = profile.profile(shape, folder)
+        table = Table("warpgroup", "stage", title=f"{shape.name}, thousands of clocks: {trace}")
+        for column in ("times", "median", "longest", "total"):
+            table.add_column(column, justify="right")
+        for stage in stages:
+            numbers = (f"{number:.2f}" for number in stage[3:])
+            table.add_row(stage.role, stage.name, str(stage.count), *numbers)
+        Console().print(table)
     return 0
 
 

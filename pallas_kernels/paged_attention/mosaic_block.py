@@ -6,13 +6,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.paged_attention.mosaic_inline import synchronize
 from pallas_kernels.paged_attention.units import Segment
 
 ROWS = KEYS = BOX = 64
 """Query rows of a block, keys of a tile, columns of a swizzled box."""
-PAIR = 2 * KEYS
-"""Keys of a plan's step: the two tiles that the consumers share."""
+STAGES = 2
+"""Tiles that shared memory holds."""
 LOWEST = -1e30
 """Instead of -inf, whose differences would be NaN."""
 GRID, CLUSTER, THREAD = "mla_worker", "mla_cluster", "mla_warpgroup"
@@ -21,18 +23,29 @@ GRID, CLUSTER, THREAD = "mla_worker", "mla_cluster", "mla_warpgroup"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MosaicTiles:
-    """`cluster` blocks of 64 rows share their keys: 1, or 2."""
+    """cluster: blocks of 64 rows that share their keys: 1, or 2.
+    seesaw: two consumers in turns, instead of a line of three.
+    """
 
     cluster: int
+    seesaw: bool = False
+
+    @property
+    def step(self) -> int:
+        """Keys of a plan's step."""
+        return KEYS * (2 if self.seesaw else 1)
 
 
 GROWTH = 8.0
 """A maximum stays where it is until a score passes it by a factor of 2**GROWTH: what it must do is
-keep exponentials in range, and as long as it stays, acc need not be rescaled."""
+keep exponentials in range, and as long as it stays, the sums need not be rescaled."""
 
 
 class Block:
-    """What every warpgroup needs: refs by name, static choices, and where this block stands."""
+    """What every warpgroup needs: refs by name, static choices, and where this block stands.
+
+    Every warpgroup counts the tiles of its worker, n: tile n has the place n % STAGES of the ring.
+    """
 
     def __init__(self, refs, tiles, rows, heads, tokens, rope, interpret, worker, block):
         self.refs, self.tiles, self.rows = refs, tiles, rows
@@ -53,6 +66,8 @@ class Block:
         def step(index, carry):
             row = jnp.where(index == begin, self.worker, workers + index)
             segment = Segment(*(table[row, 2 + i] for i in range(len(Segment._fields))))
+            # An empty request has one tile, of which nothing is seen.
+            segment = segment._replace(end=jnp.maximum(segment.end, segment.begin + 1))
             return body(segment, carry)
 
         return lax.fori_loop(begin, end, step, carry)
@@ -61,3 +76,14 @@ class Block:
         """Where this block's tile of queries stands among all rows."""
         row = segment.base + segment.offset + self.block * ROWS
         return pl.ds(pl.multiple_of(row, 8), self.rows)
+
+    def place(self, n):
+        """The place of tile n in the ring."""
+        return lax.rem(n, jnp.int32(STAGES))
+
+    def release(self, place, half: int):
+        """Gives the producers this half of a place back, which this warpgroup has read."""
+        if self.tiles.cluster > 1:
+            # One warp arrives for all four, which must have read it.
+            plgpu.commit_smem() if self.interpret else synchronize()
+        plgpu.barrier_arrive(self.free.at[2 * place + half])

@@ -2,24 +2,33 @@
 
 A worker is a thread block that holds 64 query rows, or a cluster of two such blocks, which receive
 every tile of keys by multicast. It does the segments that the plan gives it, one after the other.
-In a block, a producer warpgroup fills two tiles of 64 keys, and two consumers take turns:
-consumer w scores tile w of a pair and takes its softmax, and both sum the latents of both tiles,
-each for its own half of the output's columns, which fills its registers. While one waits for its
-softmax, the other keeps the tensor cores busy.
+In a block, a producer warpgroup fills two tiles of 64 keys, and the consumers share the work in
+one of two ways. In both, one sums the left half of the output's columns and one the right half,
+which fills their registers, and each half of a tile is loaded anew when the consumer of that half
+has used it. The probabilities take the place of a tile's rope columns.
+
+The line, where memory is the limit: scores and softmax, and two for values. Nobody waits for those
+behind; values of one tile are summed while the next one is scored, and a segment's queries load
+while the last one's values are summed.
+
+    scores    scores 0 . softmax 0 . scores 1 . softmax 1 . scores 2
+    values                         . values 0 . . . . . . . values 1
+
+The seesaw, where the tensor cores are: two consumers in turns, each scoring every other tile. While
+one waits for its softmax, the other keeps the tensor cores busy.
 
     consumer 0: scores 0 . softmax 0 . values 0 (left)               . values 1 (left)
     consumer 1: scores 1 .             values 0 (right) | softmax 1  . values 1 (right)
 
-Consumer 1's softmax runs beside the products of tile 0. A consumer hands its probabilities to the
-other in shared memory, in the place from which it took the queries' rope columns into registers.
-Each half of a tile goes back to the producer as soon as the consumer of that half has used it.
-mosaic_producer.py and mosaic_consumer.py hold the two roles.
+mosaic_producer.py, mosaic_scores.py with mosaic_values.py, and mosaic_seesaw.py hold the roles,
+mosaic_tile.py what is done with a tile in either way.
 """
 
 # Older versions of jax, which `unsupported` refuses, have no interpreter of this dialect.
 # pyright: reportAbstractUsage=false, reportAttributeAccessIssue=false
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +42,21 @@ from pallas_kernels.paged_attention.mosaic_block import (
     CLUSTER,
     GRID,
     KEYS,
-    PAIR,
     ROWS,
+    STAGES,
     THREAD,
     Block,
     MosaicTiles,
 )
-from pallas_kernels.paged_attention.mosaic_consumer import consume
 from pallas_kernels.paged_attention.mosaic_producer import produce
+from pallas_kernels.paged_attention.mosaic_scores import score
+from pallas_kernels.paged_attention.mosaic_seesaw import consume
+from pallas_kernels.paged_attention.mosaic_values import sum_values
 
-__all__ = ["BOX", "KEYS", "PAIR", "ROWS", "MosaicTiles", "attend_pages_mosaic"]
+__all__ = ["BOX", "KEYS", "ROWS", "MosaicTiles", "attend_pages_mosaic", "role_names"]
+
+PROFILED = 120
+"""Stages of a warpgroup that a profile has room for, in what shared memory is left."""
 
 
 def _kernel(
@@ -59,9 +73,9 @@ def _kernel(
         *("q_nope", *(("q_pe",) if rope else ()), "ckv", *(("kpe",) if rope else ())),
         *("ids", "scale", "work"),
         *("out", "lse", "part", "part_lse"),
-        *("q_s", "k_s", "rope_s", "p_s", "max_s", "sum_s"),
-        *(("q_rope_s",) if interpret and rope else ()),
-        *("q_full", "q_free", "full", "full_rope", "free", "p_ready", "both"),
+        *("k_s", "p_s", "row_s"),
+        *("q_s", *(("q_rope_s",) if rope else ())),
+        *("q_full", "q_free", "full", "full_rope", "free", "p_ready", "done"),
     )
     by_name = dict(zip(names, refs, strict=True))
     worker = lax.axis_index(GRID)
@@ -69,23 +83,51 @@ def _kernel(
     block = lax.axis_index(CLUSTER) if tiles.cluster > 1 else jnp.int32(0)
     stand = Block(by_name, tiles, min(rows, ROWS), heads, tokens, rope, interpret, worker, block)
 
-    for w in (0, 1):
+    if not interpret:
+        # What is in front must have ended; what comes behind may make ready.
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
 
-        @pl.when(thread == w)
-        def _(w=w):
-            plgpu.set_max_registers(232, action="increase")
-            consume(stand, w)
+    for index, (_, registers, role) in enumerate(_roles(tiles)):
 
-    @pl.when(thread == 2)
-    def _():
-        plgpu.set_max_registers(40, action="decrease")
-        produce(stand)
+        @pl.when(thread == index)
+        def _(registers=registers, role=role):
+            action = "decrease" if role is produce else "increase"
+            plgpu.set_max_registers(registers, action=action)
+            role(stand)
+
+
+def _roles(tiles: MosaicTiles) -> list[tuple[str, int, Callable[[Block], None]]]:
+    """(name, registers, function) of each warpgroup.
+
+    One thread of each may together have as many registers as the device has for 128 threads.
+    """
+    if tiles.seesaw:
+        consumers = [(f"consumer {w}", 232, functools.partial(consume, w=w)) for w in (0, 1)]
+    else:
+        values = [(f"values {w}", 168, functools.partial(sum_values, w=w)) for w in (0, 1)]
+        consumers = [("scores", 128, score), *values]
+    return [*consumers, ("producer", 40, produce)]
+
+
+def role_names(tiles: MosaicTiles) -> tuple[str, ...]:
+    """What the warpgroups of a block are called, in the order of a profile's threads."""
+    return tuple(name for name, _, _ in _roles(tiles))
 
 
 # Jitted, so that a program with many layers lowers the kernel, a second's work, once.
 @functools.partial(
     jax.jit,
-    static_argnames=("workers", "slots", "rows", "heads", "tokens", "tiles", "interpret"),
+    static_argnames=(
+        "workers",
+        "slots",
+        "rows",
+        "heads",
+        "tokens",
+        "tiles",
+        "interpret",
+        "profile",
+    ),
 )
 def attend_pages_mosaic(
     q_nope: Float[Array, "all_rows latent"],
@@ -103,6 +145,7 @@ def attend_pages_mosaic(
     tokens: int,
     tiles: MosaicTiles,
     interpret: bool,
+    profile: str = "",
 ):
     """(out, lse, part, part_lse): results of whole units, and of the parts of split ones.
 
@@ -110,6 +153,7 @@ def attend_pages_mosaic(
     work: `workers` rows of (the first of a worker's segments, the last + 1, the first one's row of
     Work.segments), so that a worker can start after one load, then a row for each segment, the same
     with two numbers that mean nothing.
+    profile: a folder for a trace of what each warpgroup does in a launch, in its first tiles.
     """
     all_rows, latent = q_nope.shape
     rope = q_pe.shape[-1]
@@ -123,11 +167,12 @@ def attend_pages_mosaic(
 
     boxes = max(1, KEYS // ckv_cache.shape[1])
     if tiles.cluster > 1:
-        free = plgpu.ClusterBarrier(collective_axes=(CLUSTER,), num_barriers=4)
+        free = plgpu.ClusterBarrier(collective_axes=(CLUSTER,), num_barriers=2 * STAGES)
         cluster = {"cluster": (tiles.cluster,), "cluster_names": (CLUSTER,)}
     else:
-        free = plgpu.Barrier(num_barriers=4)
+        free = plgpu.Barrier(num_barriers=2 * STAGES)
         cluster = {}
+    consumers = 2 if tiles.seesaw else 1  # that close a segment
     with_rope = (q_pe,) if rope else ()
     args = (q_nope, *with_rope, ckv_cache, *((kpe_cache,) if rope else ()))
     slot_rows = ROWS * tiles.cluster
@@ -150,23 +195,21 @@ def attend_pages_mosaic(
         grid=(workers,),
         grid_names=(GRID,),
         **cluster,
-        num_threads=3,
+        num_threads=len(_roles(tiles)),
         thread_name=THREAD,
         scratch_types=[
+            shared(STAGES, 2, KEYS, half),
+            shared(STAGES, KEYS, BOX),
+            shared(2 * STAGES + 1, ROWS, tiled=False),
             shared(2, ROWS, half),
-            shared(2, 2, KEYS, half),
-            shared(2, KEYS, BOX),
-            shared(2, ROWS, BOX),
-            shared(2, ROWS, tiled=False),
-            shared(2, ROWS, tiled=False),
-            *((shared(2, ROWS, BOX),) if interpret and rope else ()),
-            plgpu.Barrier(num_arrivals=4 if rope else 2),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=4, num_arrivals=boxes),
-            plgpu.Barrier(num_barriers=2, num_arrivals=boxes),
+            *((shared(1, ROWS, BOX),) if rope else ()),
+            plgpu.Barrier(num_arrivals=3 if rope else 2),
+            plgpu.Barrier(num_arrivals=consumers),
+            plgpu.Barrier(num_barriers=2 * STAGES, num_arrivals=boxes),
+            plgpu.Barrier(num_barriers=STAGES, num_arrivals=boxes),
             free,
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=STAGES),
+            plgpu.Barrier(num_barriers=STAGES, num_arrivals=consumers),
         ],
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
@@ -174,6 +217,9 @@ def attend_pages_mosaic(
             # All that needs one is synchronised by hand.
             unsafe_no_auto_barriers=True,
             reduction_scratch_bytes=0,
+            profile_space=PROFILED if profile else 0,
+            profile_dir=profile,
+            profile_bounds_check=bool(profile),
         ),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
         kernel_name="mla_paged_attention_mosaic",

@@ -6,6 +6,7 @@
 import functools
 
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -34,15 +35,22 @@ def fence():
     fence()
 
 
+def over_rows(v, shape: tuple[int, ...]):
+    """v[row] over every column of `shape`."""
+    return lax.broadcast_in_dim(v, shape, [0])
+
+
 def rescale_if_needed(acc, keep):
-    """acc times its row's `keep`, in those warps whose `keep` is not all 1: most rows' is."""
+    """The arrays of acc times their rows' `keep`, in warps whose `keep` is not all 1: most is."""
+    shapes = [plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout=plgpu.Layout.WGMMA) for a in acc]
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)),
-        return_type=plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=plgpu.Layout.WGMMA),
+        arg_types=(*(plgpu.Layout.WGMMA for _ in acc), plgpu.Layout.WGMMA.reduce(1)),
+        return_type=shapes,
     )
-    def rescale(ctx, acc, keep):
+    def rescale(ctx, *arrays):
         del ctx
+        *acc, keep = arrays
         values = [
             vector.extract(k, [], [i])
             for k in keep.registers.flat
@@ -53,16 +61,23 @@ def rescale_if_needed(acc, keep):
         changed = functools.reduce(arith.ori, changed)
         everyone = arith.constant(ir.IntegerType.get_signless(32), 0xFFFFFFFF)
         anyone = nvvm.vote_sync(everyone, changed, "any")
-        types = [register.type for register in acc.registers.flat]
-        branch = scf.IfOp(anyone, types, has_else=True)
+        registers = [register for a in acc for register in a.registers.flat]
+        branch = scf.IfOp(anyone, [register.type for register in registers], has_else=True)
         with ir.InsertionPoint(branch.then_block):
-            scaled = acc * keep.broadcast_in_dim(acc.shape, (0,), acc.layout)
-            scf.yield_(list(scaled.registers.flat))
+            scaled = [a * keep.broadcast_in_dim(a.shape, (0,), a.layout) for a in acc]
+            scf.yield_([register for a in scaled for register in a.registers.flat])
         with ir.InsertionPoint(branch.else_block):
-            scf.yield_(list(acc.registers.flat))
-        registers = np.array(list(branch.results), dtype=object).reshape(acc.registers.shape)
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=acc.layout, _is_signed=acc.is_signed
-        )
+            scf.yield_(registers)
+        results, found = list(branch.results), []
+        for a in acc:
+            own, results = results[: a.registers.size], results[a.registers.size :]
+            found.append(
+                mgpu.FragmentedArray(
+                    _registers=np.array(own, dtype=object).reshape(a.registers.shape),
+                    _layout=a.layout,
+                    _is_signed=a.is_signed,
+                )
+            )
+        return found
 
-    return rescale(acc, keep)
+    return rescale(*acc, keep)

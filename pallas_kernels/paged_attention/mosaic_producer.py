@@ -1,15 +1,16 @@
 """The producer warpgroup of the Mosaic GPU kernel: every copy from device to shared memory."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention.mosaic_block import KEYS, Block
+from pallas_kernels.paged_attention.mosaic_block import KEYS, STAGES, Block
 
 
 def produce(c: Block):
-    """Keeps both tiles full, a half at a time, in the order in which the halves fall free."""
+    """Keeps the ring full: of each segment the queries, then its tiles of keys."""
     num_pages, page_size, _ = c.refs["ckv"].shape
     boxes = max(1, KEYS // page_size)
     per_box = KEYS // boxes
@@ -26,86 +27,74 @@ def produce(c: Block):
             found.append((jnp.clip(page, 0, num_pages - 1), row))
         return found
 
-    def source(ref, page, row, columns):
-        rows = pl.ds(pl.multiple_of(row, KEYS), KEYS) if page_size > KEYS else slice(None)
-        return ref.at[page, rows, columns]
-
-    def load_half(found, w, half):
-        for box, (page, row) in enumerate(found):
-            plgpu.copy_gmem_to_smem(
-                source(c.ckv, page, row, pl.ds(half * c.half, c.half)),
-                c.k_s.at[w, half, pl.ds(box * per_box, per_box)],
-                c.full.at[2 * w + half],
-                collective_axes=c.axes,
-            )
-
-    def load_rope(found, w):
-        for box, (page, row) in enumerate(found):
-            plgpu.copy_gmem_to_smem(
-                source(c.kpe, page, row, slice(None)),
-                c.rope_s.at[w, pl.ds(box * per_box, per_box)],
-                c.full_rope.at[w],
-                collective_axes=c.axes,
-            )
-
     def load_queries(segment, done):
         @pl.when(done > 0)
         def _():
-            plgpu.barrier_wait(c.q_free)
+            with jax.named_scope("wait for the queries' place"):
+                plgpu.barrier_wait(c.q_free)
 
-        at, place = c.rows_of(segment), pl.ds(0, c.rows)
+        at, rows = c.rows_of(segment), pl.ds(0, c.rows)
         for half in (0, 1):
             columns = pl.ds(half * c.half, c.half)
-            plgpu.copy_gmem_to_smem(c.q_nope.at[at, columns], c.q_s.at[half, place], c.q_full)
+            plgpu.copy_gmem_to_smem(c.q_nope.at[at, columns], c.q_s.at[half, rows], c.q_full)
         if c.rope:
-            # Each consumer takes them into registers, then puts its probabilities in their place.
-            taken = c.q_rope_s if c.interpret else c.p_s
-            for w in (0, 1):
-                plgpu.copy_gmem_to_smem(c.q_pe.at[at], taken.at[w, place], c.q_full)
+            plgpu.copy_gmem_to_smem(c.q_pe.at[at], c.q_rope_s.at[0, rows], c.q_full)
+
+    def load_keys(found, n):
+        place = c.place(n)
+        boxes = []
+        for box, (page, row) in enumerate(found):
+            rows = pl.ds(pl.multiple_of(row, KEYS), KEYS) if page_size > KEYS else slice(None)
+            boxes.append((page, rows, pl.ds(box * per_box, per_box)))
+        for half in (0, 1):
+
+            @pl.when(n >= STAGES)
+            def _(half=half):
+                with jax.named_scope("wait for a place"):
+                    plgpu.barrier_wait(c.free.at[2 * place + half])
+
+            for page, rows, at in boxes:
+                plgpu.copy_gmem_to_smem(
+                    c.ckv.at[page, rows, pl.ds(half * c.half, c.half)],
+                    c.k_s.at[place, half, at],
+                    c.full.at[2 * place + half],
+                    collective_axes=c.axes,
+                )
+        if c.rope:
+            for page, rows, at in boxes:
+                plgpu.copy_gmem_to_smem(
+                    c.kpe.at[page, rows, slice(None)],
+                    c.p_s.at[place, at],
+                    c.full_rope.at[place],
+                    collective_axes=c.axes,
+                )
 
     def segment_body(segment, carry):
-        filled, done = carry
+        n, done = carry
+        tiles = c.tiles.step // KEYS
+        begin, end = segment.begin * tiles, segment.end * tiles
+        found = pages(segment, begin)
+        load_queries(segment, done)
 
-        def both(i):
-            return [pages(segment, 2 * i + w) for w in (0, 1)]
+        def tile(i, carry):
+            n, found = carry
+            ahead = pages(segment, i + 1)
+            load_keys(found, n)
+            return n + 1, ahead
 
-        def pair(i, carry):
-            filled, found = carry
-            ahead = both(i + 1)
-            for w in (0, 1):
-                # Consumer 1 uses the right half of tile 1 first, and consumer 0 its left one.
-                for half in (w, 1 - w):
+        n, _ = lax.fori_loop(begin, end, tile, (n, found))
+        return n, done + 1
 
-                    @pl.when(filled > 0)
-                    def _(w=w, half=half):
-                        plgpu.barrier_wait(c.free.at[2 * w + half])
-
-                    load_half(found[w], w, half)
-                    if c.rope and half == w:
-                        load_rope(found[w], w)
-
-            @pl.when(i == segment.begin)
-            def _():
-                load_queries(segment, done)
-
-            return filled + 1, ahead
-
-        @pl.when(segment.begin == segment.end)
-        def _():
-            load_queries(segment, done)
-
-        carry = (filled, both(segment.begin))
-        filled, _ = lax.fori_loop(segment.begin, segment.end, pair, carry)
-        return filled, done + 1
-
-    filled, done = c.segments_of_worker(segment_body, (jnp.int32(0), jnp.int32(0)))
+    n, done = c.segments_of_worker(segment_body, (jnp.int32(0), jnp.int32(0)))
 
     @pl.when(done > 0)
     def _():
         plgpu.barrier_wait(c.q_free)
 
     # Nobody leaves while the other block of the cluster may still arrive at its barriers.
-    @pl.when(filled > 0)
-    def _():
-        for barrier in range(4):
-            plgpu.barrier_wait(c.free.at[barrier])
+    for place in range(STAGES):
+
+        @pl.when(n > place)
+        def _(place=place):
+            for half in (0, 1):
+                plgpu.barrier_wait(c.free.at[2 * place + half])

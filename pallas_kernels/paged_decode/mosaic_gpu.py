@@ -1,5 +1,6 @@
 """Paged decode on the Mosaic GPU kernel: a unit is a tile of a request's rows."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,17 +13,19 @@ from pallas_kernels.paged_attention.merge import merge_parts
 from pallas_kernels.paged_attention.mosaic_gpu import (
     BOX,
     KEYS,
-    PAIR,
     ROWS,
     MosaicTiles,
     attend_pages_mosaic,
 )
+from pallas_kernels.paged_attention.mosaic_merge import merge_parts_mosaic
 from pallas_kernels.paged_attention.tiles import DEFAULT_CORES, clip_length
 from pallas_kernels.paged_decode.splits import fixed_splits
 from pallas_kernels.schedule import WorkerPlan, plan_workers, spread
 
 OLDEST_JAX = (0, 11)
-FEW_ROWS = 16
+FEW_ROWS, FEW_REQUESTS = 16, 64
+"""Up to as many query rows of up to as many requests, Triton's kernel is faster: it starts sooner,
+and neither waits for the memory all the time."""
 
 
 def unsupported(problem: PagedProblem) -> str | None:
@@ -50,14 +53,18 @@ def unfit(device: Device) -> str | None:
 
 def outrun(problem: PagedProblem) -> str | None:
     """None if no other backend is faster at `problem`, else the reason why."""
-    if problem.rows <= FEW_ROWS:
-        return f"{problem.rows} query rows a request leave most of a block's {ROWS} idle"
+    if problem.rows <= FEW_ROWS and problem.batch <= FEW_REQUESTS:
+        return (
+            f"{problem.batch} requests of {problem.rows} query rows, too few for blocks of {ROWS}"
+        )
     return None
 
 
 def default_mosaic_tiles(problem: PagedProblem) -> MosaicTiles:
-    """One block for up to 64 rows, whose keys nobody else reads; else clusters of two."""
-    return MosaicTiles(cluster=1 if problem.rows <= ROWS else 2)
+    """One block for up to 64 rows, whose keys nobody else reads; else clusters of two, with as many
+    products as the tensor cores can take, for which the seesaw has the shorter way."""
+    many = problem.rows > ROWS
+    return MosaicTiles(cluster=2 if many else 1, seesaw=many)
 
 
 def padded_rows(problem: PagedProblem, tiles: MosaicTiles) -> int:
@@ -101,11 +108,13 @@ def plan_work(
         length=length[request],
         seen=length[request] - problem.tokens + 1,
     )
-    steps = (units.length + PAIR - 1) // PAIR
-    most_steps = -(-problem.num_ids * problem.page_size // PAIR)
+    steps = (units.length + tiles.step - 1) // tiles.step
+    most_steps = -(-problem.num_ids * problem.page_size // tiles.step)
     cores = (device.num_cores or DEFAULT_CORES) // tiles.cluster
     workers = max(1, min(cores, request.shape[0] * most_steps))
-    split = fixed_splits(steps, problem, PAIR, num_splits=num_splits, deterministic=deterministic)
+    split = fixed_splits(
+        steps, problem, tiles.step, num_splits=num_splits, deterministic=deterministic
+    )
     plan = (
         plan_workers(steps, workers) if split is None else WorkerPlan(split, spread(split, workers))
     )
@@ -139,8 +148,12 @@ def paged_decode_mosaic(
     deterministic: bool,
     interpret: bool,
     tiles: MosaicTiles | None = None,
+    profile: str = "",
 ) -> tuple[Float[Array, "batch tokens heads latent"], Float[Array, "batch tokens heads"]]:
-    """`paged_decode` on Mosaic GPU; `tiles` overrides the choice, for tuning."""
+    """`paged_decode` on Mosaic GPU; `tiles` overrides the choice, for tuning.
+
+    profile: a folder for a trace of the kernel's stages, see attend_pages_mosaic.
+    """
     batch, tokens, heads, latent = q_nope.shape
     problem = PagedProblem.of("paged_decode", q_nope, q_pe, ckv_cache, page_ids, batch)
     tiles = tiles or default_mosaic_tiles(problem)
@@ -168,15 +181,16 @@ def paged_decode_mosaic(
         tokens=tokens,
         tiles=tiles,
         interpret=interpret,
+        profile=profile,
     )
     if plan.slots:
         slot_rows = part.shape[1]
-        out, lse = merge_parts(
+        merge = functools.partial(merge_parts, interpret=True) if interpret else merge_parts_mosaic
+        out, lse = merge(
             *(out, lse),
             *(part.reshape(-1, latent), part_lse.reshape(-1), plan.merges, plan.splits),
             slot_rows=slot_rows,
             deterministic=deterministic,
-            interpret=interpret,
         )
     out, lse = out.reshape(batch, rows, latent), lse.reshape(batch, rows)
     if rows > problem.rows:

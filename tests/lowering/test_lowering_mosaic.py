@@ -16,7 +16,8 @@ from mla_jax.config import MLAConfig
 from pallas_kernels.paged_decode import paged_decode
 from pallas_kernels.paged_decode.mosaic_gpu import FEW_ROWS, paged_decode_mosaic
 
-MERGE = ["mla_paged_merge"]
+ALONE, MERGED = (1, []), (2, [])
+"""The attention, and the merge behind it."""
 PAGE_SIZES = (8, 16, 32, 64, 192, 256)
 HEADS = (1, 3, 8, 16, 40, 64, 65, 126, 128)
 
@@ -45,16 +46,16 @@ class TestLowers:
         latent = int(rng.choice([128, 256, 384, 512]))
         options = ({}, {"num_splits": 3}, {"deterministic": True})[rng.integers(3)]
         shapes = paged_shapes(heads, page_size, tokens, dtype, latent=latent, rope=rope)
-        assert decode(*shapes, **options) == (1, MERGE), (shapes, options)
+        assert decode(*shapes, **options) == MERGED, (shapes, options)
 
     @pytest.mark.parametrize("heads", [1, 64, 65, 128])
     def test_heads(self, heads):
-        assert decode(*paged_shapes(heads, 64, 1)) == (1, MERGE)
+        assert decode(*paged_shapes(heads, 64, 1)) == MERGED
 
     @pytest.mark.parametrize("page_size", PAGE_SIZES)
     def test_page_sizes(self, page_size):
         """A cluster of two blocks."""
-        assert decode(*paged_shapes(128, page_size, 1)) == (1, MERGE)
+        assert decode(*paged_shapes(128, page_size, 1)) == MERGED
 
     @pytest.mark.parametrize(
         ("heads", "latent", "rope"),
@@ -62,24 +63,24 @@ class TestLowers:
     )
     def test_widths(self, heads, latent, rope):
         shapes = paged_shapes(heads, 64, 1, "float16", latent=latent, rope=rope)
-        assert decode(*shapes) == (1, MERGE)
+        assert decode(*shapes) == MERGED
 
     @pytest.mark.parametrize("heads", [16, 128])
     @pytest.mark.parametrize(
-        ("options", "merge"),
+        ("options", "want"),
         [
-            ({"num_splits": 1}, []),
-            ({"num_splits": 64}, MERGE),
-            ({"deterministic": True}, MERGE),
+            ({"num_splits": 1}, ALONE),
+            ({"num_splits": 64}, MERGED),
+            ({"deterministic": True}, MERGED),
         ],
         ids=str,
     )
-    def test_options(self, heads, options, merge):
-        assert decode(*paged_shapes(heads, 64, 1), **options) == (1, merge)
+    def test_options(self, heads, options, want):
+        assert decode(*paged_shapes(heads, 64, 1), **options) == want
 
     def test_batches(self):
         for batch in (1, 2000):
-            assert decode(*paged_shapes(128, 64, 1, batch=batch))[0] == 1
+            assert decode(*paged_shapes(128, 64, 1, batch=batch)) == MERGED
 
     def test_too_much_shared_memory_does_not_lower(self):
         """So that what lowers fits: two tiles of keys of 640 and their queries do not."""
@@ -100,8 +101,9 @@ class TestLowers:
             return q_nope
 
         text = cuda(run, *paged_shapes(128, 64, 1))
-        assert launches(text) == (1, MERGE * 20)
+        assert launches(text) == MERGED
         assert text.count("call @attend_pages_mosaic") == 20
+        assert text.count("call @merge_parts_mosaic") == 20
 
     def test_vmap_makes_one_launch(self):
         """Over queries, lengths and tables of the same pools."""
@@ -115,15 +117,14 @@ class TestLowers:
         def run(*args):
             return paged_decode(*args, sm_scale=0.07, backend="mosaic_gpu")
 
-        assert launches(cuda(jax.vmap(run, mapped), *stacked)) == (1, MERGE)
+        assert launches(cuda(jax.vmap(run, mapped), *stacked)) == MERGED
 
     def test_export(self):
-        """Only Triton's custom call, of the merge, is one that an export has to allow."""
+        """No custom call is one that an export has to allow."""
         run = jax.jit(lambda *args: paged_decode(*args, sm_scale=0.07, backend="mosaic_gpu"))
-        allowed = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-        exporting = jax.export.export(run, platforms=["cuda"], disabled_checks=[allowed])
+        exporting = jax.export.export(run, platforms=["cuda"])
         exported = exporting(*paged_shapes(128, 64, 1))
-        assert launches(exported.mlir_module()) == (1, MERGE)
+        assert launches(exported.mlir_module()) == MERGED
         assert [aval.shape for aval in exported.out_avals] == [(4, 1, 128, 512), (4, 1, 128)]
 
     def test_decode_step(self):
@@ -141,7 +142,7 @@ class TestLowers:
             return decode_step(nnx.merge(definition, weights), tokens, cache)
 
         text = cuda(step, weights, Shape((32,), jnp.int32), cache)
-        assert launches(text)[0] == 1
+        assert launches(text)[0] == MERGED[0]
         assert text.count("call @attend_pages_mosaic") == config.n_layers
 
 
@@ -156,7 +157,7 @@ def test_few_rows_get_triton():
 
 
 def test_many_rows_get_mosaic_gpu_where_jax_has_it():
-    want = (1, MERGE) if MOSAIC_GPU else WITH_TRITON
+    want = MERGED if MOSAIC_GPU else WITH_TRITON
     for heads, tokens in MANY:
         assert decode(*paged_shapes(heads, 64, tokens), backend=None) == want
 
@@ -182,7 +183,7 @@ def test_the_device_is_part_of_the_jit_cache():
     """A function traced for one GPU is traced again for another, on which it has another kernel."""
     run = jax.jit(lambda *args: paged_decode(*args, sm_scale=0.07))
     shapes = paged_shapes(128, 64, 1)
-    for mesh, want in ((A100, WITH_TRITON), (H200, (1, MERGE))) * 2:
+    for mesh, want in ((A100, WITH_TRITON), (H200, MERGED)) * 2:
         with jax.sharding.use_abstract_mesh(mesh):
             text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
         assert launches(text) == want

@@ -15,7 +15,7 @@ from paged_decode_suite import (
     ragged,
 )
 
-from pallas_kernels.paged_attention.mosaic_gpu import PAIR
+from pallas_kernels.paged_attention.mosaic_gpu import KEYS, ROWS
 from pallas_kernels.paged_decode import mosaic_gpu, paged_decode
 from pallas_kernels.schedule import plan_workers
 
@@ -83,7 +83,8 @@ class TestMosaicInterpreted(KernelSuite):
         monkeypatch.setattr(mosaic_gpu, "plan_workers", noted)
         self.check(case, num_splits=None)
         [workers] = set(asked)
-        steps = (case.length + (PAIR - 1)) // PAIR
+        step = 2 * KEYS if case.q_nope.shape[2] > ROWS else KEYS
+        steps = (case.length + (step - 1)) // step
         plan = jax.jit(plan_workers, static_argnums=1)(steps, workers)
         return np.diff(np.asarray(plan.first)).tolist(), plan.split.parts.tolist()
 
