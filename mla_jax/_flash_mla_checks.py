@@ -7,14 +7,16 @@ these, without importing torch. Values are looked at where they are concrete, no
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from pallas_kernels.checks import FLOATS
 from pallas_kernels.grouped_attention.blocks import BLOCK, DTYPES
+from pallas_kernels.precision import FP8, GROUP
 
 Shape = tuple[int, ...]
 
@@ -265,3 +267,52 @@ def check_prefill_mask(mask: Any, q: Shape) -> None:
     rows = max(q[2], mask.shape[-2] if len(mask.shape) > 1 else 0)
     leading = [(q[0], 1, rows), (q[0], q[1], rows)]
     check_mask("attn_mask", mask, leading, q[2], f"the tokens of q's shape {q}")
+
+
+class Descales(NamedTuple):
+    """What q's and the cache's e4m3 numbers are multiplied with."""
+
+    q: Any
+    k: jax.Array | None
+
+
+def descales(
+    q: Any, v_cache: Any, is_fp8_kvcache: bool, descale_q: Any, descale_k: Any
+) -> Descales:
+    """The two numbers, 1 or None where none came; ValueError where the call has no use for one."""
+    found = {}
+    for name, value in (("descale_q", descale_q), ("descale_k", descale_k)):
+        if value is None:
+            continue
+        if v_cache is not None or is_fp8_kvcache or dtype_name(q) != FP8:
+            raise ValueError(
+                f"{name}: got a value, expected None but for a q and a pool of {FP8} "
+                "without v_cache"
+            )
+        array = jnp.asarray(value if isinstance(value, float | int) else to_jax(value))
+        if array.size != 1:
+            raise ValueError(f"{name}: got shape {array.shape}, expected one number")
+        found[name] = array.reshape(()).astype(jnp.float32)
+    return Descales(q=found.get("descale_q", 1.0), k=found.get("descale_k"))
+
+
+def packed_rows(q: Any, k_cache: Any, head_dim_v: int) -> jax.Array:
+    """The bytes of an fp8 pool, whose rows hold e4m3 numbers, scales and bfloat16 columns."""
+    shape, width = tuple(k_cache.shape), q.shape[-1]
+    expected = head_dim_v + 4 * -(-head_dim_v // GROUP) + 2 * (width - head_dim_v)
+    if len(shape) != 4 or shape[-1] != expected:
+        raise ValueError(
+            f"k_cache: got shape {shape}, expected rows of {expected} bytes in [num_blocks, "
+            f"{BLOCK}, kv_heads, bytes] beside q's width {width} and head_dim_v {head_dim_v}"
+        )
+    if k_cache.dtype.itemsize != 1:
+        raise TypeError(f"k_cache: got dtype {dtype_name(k_cache)}, expected uint8 or {FP8}")
+    if dtype_name(q) not in FLOATS:
+        raise TypeError(
+            f"q: got dtype {dtype_name(q)}, expected one of {', '.join(FLOATS)} beside an fp8 pool "
+            f"of bytes. {FIX_DTYPES}"
+        )
+    check_strides("k_cache", k_cache, 2)
+    if isinstance(k_cache, np.ndarray):
+        return jnp.asarray(k_cache)
+    return k_cache if isinstance(k_cache, jax.Array) else jnp.from_dlpack(k_cache)

@@ -4,7 +4,7 @@ All are plain pytrees, so they pass through jit, scan and donation; none is a pa
 """
 
 import dataclasses
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from mla_jax.config import MLAConfig, ModelConfig
+from mla_jax.quantization import QuantizedPool, quantize_groups, spread_scales
 from mla_jax.sharding.collectives import part_index, parts
 from mla_jax.sharding.layout import check_cache, mesh_in_use, pool_spec, rows_spec
 from mla_jax.sharding.mesh import CONTEXT_AXIS
+from pallas_kernels.precision import FP8
+
+LatentPool = Array | QuantizedPool
 
 
 class PageView(NamedTuple):
@@ -63,6 +67,9 @@ class PagedLatentCache:
     has no page is not written and its row's length stands still, so a row is paused, or ended, by
     its table alone.
 
+    In float8_e4m3fn the latents are quantised as they are written, and ckv[layer] is a
+    `QuantizedPool`; kpe stays in the model's dtype: 656 bytes a token at DeepSeek's widths.
+
     On a mesh, pools lie split over `data` and `context`, the table and the lengths over `data`.
     Each group of requests counts its own pages from 0, so ids go to num_pages / data - 1, and page
     i lies on the context device i % context: consecutive ids spread a row evenly.
@@ -73,7 +80,7 @@ class PagedLatentCache:
     (4, 64, 64)
     """
 
-    ckv: tuple[Float[Array, "pages page latent"], ...]
+    ckv: tuple[Float[Array, "pages page latent"] | QuantizedPool, ...]
     kpe: tuple[Float[Array, "pages page rope"], ...]
     block_table: Int[Array, "batch max_pages"]
     lengths: Int[Array, " batch"]
@@ -92,9 +99,9 @@ class PagedLatentCache:
     ) -> Self:
         """Pools of zeros, no row with a page. `max_pages`: most pages a row can own.
 
-        dtype: None is the model's. mesh: where the parts lie, each made on its device; num_pages
-        and max_batch count all of them. Errors: ValueError for a size below 1, or one that the mesh
-        does not divide.
+        dtype: None is the model's; "float8_e4m3fn" quantises the latents. mesh: where the parts
+        lie, each made on its device; num_pages and max_batch count all of them. Errors: ValueError
+        for a size below 1, or one that the mesh does not divide.
         """
         sizes = {
             "num_pages": num_pages,
@@ -105,20 +112,25 @@ class PagedLatentCache:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: got {size}, expected at least 1")
-        dtype = dtype or config.dtype
+        dtype = jnp.dtype(dtype or config.dtype)
+        fp8 = dtype == FP8
         pool_place = row_place = None
         if mesh is not None:
             check_cache(mesh, num_pages=num_pages, max_batch=max_batch)
             pool_place = NamedSharding(mesh, pool_spec(mesh))
             row_place = NamedSharding(mesh, rows_spec(mesh))
 
-        def pools(width: int) -> tuple[Array, ...]:
+        def pool(width: int, *, fp8: bool) -> LatentPool:
             shape = (num_pages, page_size, width)
-            return tuple(jnp.zeros(shape, dtype, device=pool_place) for _ in range(config.n_layers))
+            if fp8:
+                return QuantizedPool.zeros(*shape, device=pool_place)
+            plain = config.dtype if dtype == FP8 else dtype
+            return jnp.zeros(shape, plain, device=pool_place)
 
+        layers = range(config.n_layers)
         return cls(
-            ckv=pools(config.mla.kv_lora_rank),
-            kpe=pools(config.mla.qk_rope_head_dim),
+            ckv=tuple(pool(config.mla.kv_lora_rank, fp8=fp8) for _ in layers),
+            kpe=tuple(pool(config.mla.qk_rope_head_dim, fp8=False) for _ in layers),  # pyright: ignore[reportArgumentType]
             block_table=jnp.full((max_batch, max_pages), -1, jnp.int32, device=row_place),
             lengths=jnp.zeros(max_batch, jnp.int32, device=row_place),
         )
@@ -143,12 +155,10 @@ class PagedLatentCache:
     def specs(self, mesh: Mesh | AbstractMesh) -> "PagedLatentCache":
         """The layout on `mesh`, in this cache's structure."""
 
-        def all_of(pools: tuple[Array, ...]) -> tuple[PartitionSpec, ...]:
-            return (pool_spec(mesh),) * len(pools)
-
+        pools = len(jax.tree.leaves((self.ckv, self.kpe)))
         rows = rows_spec(mesh)
         return jax.tree.unflatten(
-            jax.tree.structure(self), [*all_of(self.ckv), *all_of(self.kpe), rows, rows]
+            jax.tree.structure(self), [*[pool_spec(mesh)] * pools, rows, rows]
         )
 
     def view(self, tokens: int, count: Int[Array, " batch"]) -> PageView:
@@ -178,7 +188,7 @@ class PagedLatentCache:
         )
 
     def advanced(
-        self, view: PageView, ckv: tuple[Array, ...], kpe: tuple[Array, ...]
+        self, view: PageView, ckv: tuple[LatentPool, ...], kpe: tuple[Array, ...]
     ) -> "PagedLatentCache":
         """This cache after `view`'s tokens were written to the pools."""
         return dataclasses.replace(self, ckv=ckv, kpe=kpe, lengths=view.length)
@@ -206,9 +216,8 @@ class PagedLatentCache:
         def copied(pool: Array) -> Array:
             return pool.at[target].set(pool[source], mode="drop")
 
-        return dataclasses.replace(
-            self, ckv=tuple(map(copied, self.ckv)), kpe=tuple(map(copied, self.kpe))
-        )
+        ckv, kpe = jax.tree.map(copied, (self.ckv, self.kpe))
+        return dataclasses.replace(self, ckv=ckv, kpe=kpe)
 
 
 def _compacted(
@@ -221,9 +230,35 @@ def _compacted(
     return jnp.zeros_like(ids).at[rows, place].set(ids, mode="drop")
 
 
-def write_pages(pool: Array, view: PageView, rows: Float[Array, "batch tokens width"]) -> Array:
+@overload
+def write_pages(pool: Array, view: PageView, rows: Array) -> Array: ...
+@overload
+def write_pages(pool: LatentPool, view: PageView, rows: Array) -> LatentPool: ...
+
+
+def write_pages(
+    pool: LatentPool, view: PageView, rows: Float[Array, "batch tokens width"]
+) -> LatentPool:
     """`pool` with the new tokens' rows in their slots; in place when the pool is donated."""
+    if isinstance(pool, QuantizedPool):
+        new = zip(pool, quantize_groups(rows), strict=True)
+        return QuantizedPool(*(write_pages(array, view, part) for array, part in new))
     return pool.at[view.page, view.slot].set(rows.astype(pool.dtype), mode="drop")
+
+
+def read_pages(
+    pool: LatentPool, ids: Int[Array, "*ids"], dtype: DTypeLike
+) -> Float[Array, "*ids page width"]:
+    """Whole pages of a pool, in `dtype`."""
+    if isinstance(pool, QuantizedPool):
+        values, scales = pool.values[ids].astype(jnp.float32), pool.scales[ids]
+        return (values * spread_scales(scales, values.shape[-1])).astype(dtype)
+    return pool[ids].astype(dtype)
+
+
+def pool_and_scales(pool: LatentPool) -> tuple[Array, Array | None]:
+    """What the paged operations take as a pool and as its scales."""
+    return (pool.values, pool.scales) if isinstance(pool, QuantizedPool) else (pool, None)
 
 
 @jax.tree_util.register_dataclass

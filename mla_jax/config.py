@@ -36,6 +36,9 @@ class YarnConfig:
     g(mscale_all_dim)^2, or 1 if that key is zero. cos and sin are multiplied by
     `rotation_factor`: `attention_factor` if given, else g(mscale) / g(mscale_all_dim) if both are
     non-zero, else g(1). DeepSeek's own code is the case mscale == mscale_all_dim.
+
+    >>> round(YarnConfig(factor=40.0, mscale=1.0, mscale_all_dim=1.0).softmax_factor, 4)
+    1.8739
     """
 
     factor: float
@@ -76,7 +79,10 @@ class MLAConfig:
     """One Multi-head Latent Attention layer (DeepSeek-V2, arXiv:2405.04434).
 
     `q_lora_rank` 0 means a direct query projection. `rope_interleave` True rotates the pairs
-    (x[2i], x[2i+1]), False the halves (x[i], x[i + R/2]). Errors: ValueError, naming the field.
+    (x[2i], x[2i+1]), False the halves (x[i], x[i + R/2]). `index_n_heads` (0: none),
+    `index_head_dim` and `index_topk` are the sizes of an `nn.Indexer`, which chooses the tokens to
+    attend to (DeepSeek-V3.2, arXiv:2512.02556); `MLA` itself attends to all, whatever they are.
+    Errors: ValueError, naming the field.
 
     >>> MLAConfig(dim=64, n_heads=4, kv_lora_rank=32).qk_head_dim
     192
@@ -92,6 +98,9 @@ class MLAConfig:
     rope_theta: float = 10000.0
     rope_interleave: bool = True
     yarn: YarnConfig | None = None
+    index_n_heads: int = 0
+    index_head_dim: int = 128
+    index_topk: int = 2048
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -110,6 +119,29 @@ class MLAConfig:
         )
         _require(self.rope_theta > 1, f"rope_theta: got {self.rope_theta}, expected more than 1")
         _require(self.dtype in DTYPES, f"dtype: got {self.dtype!r}, expected one of {DTYPES}")
+        _require(
+            isinstance(self.index_n_heads, int) and self.index_n_heads >= 0,
+            f"index_n_heads: got {self.index_n_heads!r}, expected 0 (no indexer) or more",
+        )
+        if self.index_n_heads:
+            self._check_indexer()
+
+    def _check_indexer(self) -> None:
+        _require_positive(self, "index_head_dim", "index_topk")
+        width = self.index_head_dim
+        _require(
+            width & (width - 1) == 0 and self.qk_rope_head_dim <= width <= 128,
+            f"index_head_dim: got {width}, expected a power of two from "
+            f"{self.qk_rope_head_dim=} to 128",
+        )
+        _require(
+            self.index_topk % 64 == 0 and self.index_topk <= 2048,
+            f"index_topk: got {self.index_topk}, expected a multiple of 64 up to 2048",
+        )
+        _require(
+            self.q_lora_rank > 0,
+            f"q_lora_rank: got {self.q_lora_rank} with an indexer, expected a positive integer",
+        )
 
     @property
     def qk_head_dim(self) -> int:
@@ -128,6 +160,9 @@ class MoEConfig:
     `score` "softmax" (V2): group score = its best expert. "sigmoid" (V3): experts are chosen by
     score + a learned bias, group score = the sum of its two best, the weights are the unbiased
     scores. `normalize` divides the chosen weights by their sum; then both times `route_scale`.
+
+    >>> MoEConfig(n_routed=8, n_active=2, inter_dim=32, n_groups=4).n_limited_groups
+    1
     """
 
     n_routed: int
@@ -174,6 +209,10 @@ class ModelConfig:
 
     `eos_ids` are the tokens that end a sequence; empty: none does. `moe` None: every layer is
     dense. Errors: ValueError, naming the field.
+
+    >>> config = ModelConfig(vocab=256, n_layers=2, inter_dim=96, mla=MLAConfig(dim=64, n_heads=4))
+    >>> config.dtype, config.is_moe(1)
+    ('bfloat16', False)
     """
 
     vocab: int

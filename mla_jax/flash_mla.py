@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax import _flash_mla_checks as check
+from mla_jax.quantization import QuantizedLatents
 from pallas_kernels.grouped_attention.blocks import BLOCK, compute_dtype
 from pallas_kernels.grouped_decode import grouped_decode
 from pallas_kernels.paged_decode import paged_decode
@@ -84,6 +85,9 @@ def flash_mla_with_kvcache(
     softmax_scale: float | Float[Array, ""] | None = None,
     causal: bool = False,
     attn_sink: Float[Array, " heads"] | None = None,
+    descale_q: float | Float[Array, "*one"] | None = None,
+    descale_k: float | Float[Array, "*one"] | None = None,
+    is_fp8_kvcache: bool = False,
     backend: str | None = None,
     interpret: bool = False,
 ) -> Any:
@@ -100,6 +104,9 @@ def flash_mla_with_kvcache(
     sees those up to its own position, without all of them. attn_sink [Hq] is the score of one more
     key without a value: out is multiplied by e^lse / (e^lse + e^sink). Returns
     out [B, s_q, Hq, head_dim_v] and the natural log-sum-exp [B, Hq, s_q] float32, without the sink.
+    In float8_e4m3fn q and the pool are multiplied with descale_q and descale_k, a number each (None
+    is 1), and out is bfloat16. is_fp8_kvcache: the pool's rows are bytes, 656 for DeepSeek-V3.2, as
+    `QuantizedLatents.packed` makes them, beside a q of another dtype.
     The kernels read latent and rotated columns from arrays of their own, so this form copies the
     pool: where speed counts, keep them apart and call `mla_paged_decode`.
 
@@ -130,6 +137,13 @@ def flash_mla_with_kvcache(
             f"v_cache: got {got} beside k_cache's shape {tuple(k_cache.shape)}, expected None for "
             "a pool of 4 dims, or an array like k_cache's 5"
         )
+    scales = check.descales(q, v_cache, is_fp8_kvcache, descale_q, descale_k)
+    packed = None
+    if is_fp8_kvcache:
+        packed = check.packed_rows(q, k_cache, head_dim_v)
+        # To the checks it is the cache that it stands for.
+        stood_for: Any = jax.ShapeDtypeStruct((*k_cache.shape[:3], q.shape[-1]), q.dtype)
+        k_cache = stood_for
     own = MLAMetadata(q_shape=tuple(q.shape), kv_shape=tuple(k_cache.shape))
     check.check_shapes(own.q_shape, own.kv_shape, tuple(table.shape))
     if metadata is not None and metadata != own:
@@ -143,8 +157,18 @@ def flash_mla_with_kvcache(
         if mask is not None:
             raise ValueError("mask: got an array, expected None where v_cache is None")
         sink = None if attn_sink is None else check.to_jax(attn_sink)
-        q, pool, table, lengths = map(check.to_jax, (q, k_cache, table, lengths))
-        return _decode_pool(q, pool, table, lengths, head_dim_v, causal, sink, **options)
+        q, table, lengths = map(check.to_jax, (q, table, lengths))
+        if not 0 < head_dim_v <= q.shape[-1]:
+            raise ValueError(
+                f"head_dim_v: got {head_dim_v}, expected 1 to {q.shape[-1]}, q's last dim"
+            )
+        if packed is None:
+            pools, kv_scales = _split(check.to_jax(k_cache), head_dim_v), scales.k
+        else:
+            latents = QuantizedLatents.unpack(packed, latent=head_dim_v)
+            pools, kv_scales = (latents.ckv, latents.kpe.astype(q.dtype)), latents.scales
+        options |= {"sm_scale": scale * scales.q, "kv_scales": kv_scales}
+        return _decode_pool(q, pools, table, lengths, causal, sink, **options)
     if attn_sink is not None:
         raise ValueError("attn_sink: got an array, expected None where v_cache is given")
     if mask is not None:
@@ -283,35 +307,36 @@ def mha_fwd_kvcache(
 
 def _decode_pool(
     q: Array,
-    pool: Array,
+    pools: tuple[Array, Array],
     table: Array,
     lengths: Array,
-    head_dim_v: int,
     causal: bool,
     sink: Array | None,
+    *,
+    kv_scales: Array | None,
     **options: Any,
 ) -> tuple[Float[Array, "batch tokens heads latent"], Float[Array, "batch heads tokens"]]:
     """The call without v_cache: latent attention, once for each key head."""
     batch, tokens, heads, width = q.shape
-    kv_heads = pool.shape[2]
-    if not 0 < head_dim_v <= width:
-        raise ValueError(f"head_dim_v: got {head_dim_v}, expected 1 to {width}, q's last dim")
+    kv_heads, head_dim_v = pools[0].shape[2:]
     if sink is not None and (
         sink.shape != (heads,) or not jnp.issubdtype(sink.dtype, jnp.floating)
     ):
         raise ValueError(f"attn_sink: got {sink.dtype} {sink.shape}, expected floats {(heads,)}")
-    q, pool = (array.astype(compute_dtype(array.dtype)) for array in (q, pool))
+    q = q.astype(compute_dtype(q.dtype))
     requests = table.reshape(-1), jnp.arange(batch, dtype=jnp.int32) * table.shape[1], lengths
 
-    def attend(q: Array, pool: Array) -> tuple[Array, Array]:
-        rows, pools = q.shape[:3], _split(pool, head_dim_v)
+    def attend(
+        q: Array, pools: tuple[Array, Array], kv_scales: Array | None
+    ) -> tuple[Array, Array]:
+        rows, scaled = q.shape[:3], {"kv_scales": kv_scales, **options}
         if causal and tokens > MAX_QUERY_TOKENS:
             start = jnp.arange(batch, dtype=jnp.int32) * tokens
             out, lse = paged_prefill(
                 *_split(lax.collapse(q, 0, 2), head_dim_v),
                 *(*pools, *requests, start, jnp.full_like(start, tokens)),
                 max_count=tokens,
-                **options,
+                **scaled,
             )
         else:
             # Tokens that see the same keys are to the kernel as more heads of one token.
@@ -319,12 +344,13 @@ def _decode_pool(
             out, lse = paged_decode(
                 *_split(q.reshape(*alike, width), head_dim_v),
                 *(*pools, *requests),
-                **options,
+                **scaled,
             )
         return out.reshape(*rows, head_dim_v), lse.reshape(rows)
 
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, width)
-    out, lse = jax.vmap(attend, in_axes=2, out_axes=2)(grouped, pool)
+    by_head = None if kv_scales is None or kv_scales.ndim == 0 else 2
+    out, lse = jax.vmap(attend, (2, 2, by_head), out_axes=2)(grouped, pools, kv_scales)
     out, lse = out.reshape(batch, tokens, heads, head_dim_v), lse.reshape(batch, tokens, heads)
     lse = lse * math.log(2)
     if sink is not None:

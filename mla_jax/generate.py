@@ -20,12 +20,16 @@ from mla_jax.nn import Decoder, decode_step, prefill
 from mla_jax.sampling import Sampler
 from mla_jax.sharding.layout import logits_spec, replicated, rows_together, shard_model
 from mla_jax.sharding.mesh import CONTEXT_AXIS, DATA_AXIS, axis_size
+from pallas_kernels.precision import FP8
 
 BLOCK_STEPS = 32
 """Decode steps a compiled block: pages are reserved before it, tokens are read after it."""
 
 PREFILL_CHUNK = 512
 """Most prompt tokens a row brings to one prefill call."""
+
+KV_DTYPES = {None: None, "fp8": FP8}
+"""The cache's dtype by what callers say; None is the model's."""
 
 
 @functools.partial(jax.jit, static_argnames="backend", donate_argnames=("cache", "logits"))
@@ -134,6 +138,7 @@ class _Session:
         page_size: int,
         num_pages: int | None,
         mesh: Mesh | None,
+        kv_dtype: str | None,
     ) -> None:
         config = model.config
         self.model, self.mesh = model if mesh is None else shard_model(model, mesh), mesh
@@ -173,6 +178,7 @@ class _Session:
             page_size=page_size,
             max_batch=self.batch,
             max_pages=max_pages,
+            dtype=KV_DTYPES[kv_dtype],
             mesh=mesh,
         )
 
@@ -277,6 +283,7 @@ def stream(
     page_size: int = 64,
     num_pages: int | None = None,
     mesh: Mesh | None = None,
+    kv_dtype: str | None = None,
 ) -> Iterator[Progress]:
     """`generate`, a block at a time: yields the new tokens of every row as they come.
 
@@ -285,6 +292,8 @@ def stream(
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected 0 or more")
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype: got {kv_dtype!r}, expected None or 'fp8'")
     sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
     session = _Session(
         model,
@@ -297,6 +306,7 @@ def stream(
         page_size=page_size,
         num_pages=num_pages,
         mesh=mesh,
+        kv_dtype=kv_dtype,
     )
     begin = time.perf_counter()
     if max_new_tokens == 0:
@@ -332,6 +342,7 @@ def generate(
     page_size: int = 64,
     num_pages: int | None = None,
     mesh: Mesh | None = None,
+    kv_dtype: str | None = None,
 ) -> list[list[int]]:
     """The new tokens that follow each prompt, without the prompt and without the end token.
 
@@ -341,6 +352,8 @@ def generate(
     max_new_tokens can fill. backend: None picks the fastest that can run the decode kernels.
     mesh: one from `sharding.make_mesh`; prompts are dealt out over `data`, each part with an equal
     share of the pages, and a model that does not lie on the mesh yet is put there.
+    kv_dtype: "fp8" keeps the latent cache in float8_e4m3fn, None in the model's dtype;
+    `logit_shift` tells what that does to the logits.
     Errors: ValueError for an argument out of range; OutOfPagesError when the cache is full;
     NotImplementedError for a backend that cannot run the model.
 
@@ -364,6 +377,7 @@ def generate(
         page_size=page_size,
         num_pages=num_pages,
         mesh=mesh,
+        kv_dtype=kv_dtype,
     ):
         for row, tokens in zip(made, progress.tokens, strict=True):
             row += tokens

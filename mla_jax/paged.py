@@ -16,7 +16,7 @@ DEFAULT_SM_SCALE = 192**-0.5
 """DeepSeek's (128 + 64)^-1/2: the width of a head before absorption, not of the latent."""
 
 
-def _scale_or_default(
+def scale_or_default(
     sm_scale: float | Float[Array, ""] | None, got: dict[str, int], default_for: dict[str, int]
 ) -> float | Float[Array, ""]:
     """`sm_scale`, or the default where the widths are DeepSeek's."""
@@ -30,7 +30,7 @@ def _scale_or_default(
     return DEFAULT_SM_SCALE
 
 
-def _is_concrete(*arrays: Array | None) -> bool:
+def is_concrete(*arrays: Array | None) -> bool:
     """Whether there are values to check: under jit and vmap the arrays are traced."""
     return not any(isinstance(array, Tracer) for array in arrays)
 
@@ -47,7 +47,7 @@ def _ranges(
 ) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
     """(start, count) of each request's stretch of an array of `size`; a bad indptr is an error."""
     _check_ints(name, indptr, (batch + 1,), "one more than there are requests")
-    if _is_concrete(indptr):
+    if is_concrete(indptr):
         values = np.asarray(indptr)
         if values[0] != 0:
             raise ValueError(f"{name}: got {values[0]} as its first value, expected 0")
@@ -75,14 +75,14 @@ def _check_pages(
     kv_indptr: Array, kv_indices: Array, last: Array | None, num_pages: int, page_size: int
 ) -> None:
     """ValueError for page ids and lengths that are out of range, where there are values to see."""
-    if _is_concrete(kv_indptr, kv_indices):
+    if is_concrete(kv_indptr, kv_indices):
         used = np.asarray(kv_indices)[: np.asarray(kv_indptr)[-1]]
         if used.size and not (used.min() >= 0 and used.max() < num_pages):
             raise ValueError(
                 f"kv_indices: got ids from {used.min()} to {used.max()}, "
                 f"expected 0 to {num_pages - 1}"
             )
-    if last is not None and _is_concrete(kv_indptr, last):
+    if last is not None and is_concrete(kv_indptr, last):
         lengths = np.asarray(last)[np.diff(np.asarray(kv_indptr)) > 0]
         if lengths.size and not (lengths.min() >= 1 and lengths.max() <= page_size):
             raise ValueError(
@@ -124,6 +124,7 @@ def mla_paged_decode(
     kv_indices: Int[Array, " ids"],
     sm_scale: float | Float[Array, ""] | None = None,
     *,
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
     kv_last_page_len: Int[Array, " batch"] | None = None,
     num_splits: int | None = None,
     deterministic: bool = False,
@@ -138,6 +139,9 @@ def mla_paged_decode(
     q_nope [B, H, C], or [B, S, H, C] for S of 1 to 8 query tokens that are the last positions,
     causal among themselves; a rope width of 0 means none. kv_indices may be longer than
     kv_indptr[-1]; the tail is not read. sm_scale None is 192^-1/2, for latent 512 and rope 64 only.
+    The pools are of q's dtype, or float8_e4m3fn with kv_scales, as `quantize_cache` makes them: a
+    float32 scale for each slot and 128 columns of the latent [pages, page, ceil(C / 128)], or one
+    for both pools []; None is 1.
     num_splits: parts into which a request's keys are cut; None follows lengths and device.
     deterministic: a request's result is the same to the bit whatever else is in the batch.
     interpret: with a Pallas backend named, run the kernel's Python on any device.
@@ -162,7 +166,7 @@ def mla_paged_decode(
             "[batch, heads, width] or [batch, tokens, heads, width], alike but for the width"
         )
     widths = {"latent": q_nope.shape[-1], "rope": q_pe.shape[-1]}
-    sm_scale = _scale_or_default(sm_scale, widths, ABSORBED)
+    sm_scale = scale_or_default(sm_scale, widths, ABSORBED)
     requests = _requests(ckv_cache, kv_indptr, kv_indices, kv_last_page_len, q_nope.shape[0])
     single = q_nope.ndim == 3
     out, lse = paged_decode(
@@ -170,6 +174,7 @@ def mla_paged_decode(
         q_pe[:, None] if single else q_pe,
         *(ckv_cache, kpe_cache, *requests),
         sm_scale=sm_scale,
+        kv_scales=kv_scales,
         num_splits=num_splits,
         deterministic=deterministic,
         backend=backend,
@@ -188,6 +193,7 @@ def mla_paged_prefill(
     kv_indices: Int[Array, " ids"],
     sm_scale: float | Float[Array, ""] | None = None,
     *,
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
     kv_last_page_len: Int[Array, " batch"] | None = None,
     deterministic: bool = False,
     backend: str | None = None,
@@ -197,8 +203,8 @@ def mla_paged_prefill(
 
     Request b's n queries are the rows qo_indptr[b]:qo_indptr[b+1] and the last n of its m cached
     positions: query i sees the keys j <= m - n + i. Rows beyond qo_indptr[-1] are padding. Pages,
-    scores, sm_scale, deterministic and errors as in `mla_paged_decode`; qo_indptr is int32, starts
-    at 0 and never decreases, as kv_indptr does, which counts pages.
+    kv_scales, scores, sm_scale, deterministic and errors as in `mla_paged_decode`; qo_indptr is
+    int32, starts at 0 and never decreases, as kv_indptr does, which counts pages.
     Returns out [tokens, heads, latent] of q's dtype and the base-2 log-sum-exp [tokens, heads]
     float32; padding and queries without keys (m < n, or m = 0) give 0 and -inf. Source:
     FlashInfer's `mla_paged` prefill.
@@ -215,14 +221,15 @@ def mla_paged_prefill(
         if q.ndim != 3:
             raise ValueError(f"{name}: got shape {q.shape}, expected [tokens, heads, width]")
     widths = {"latent": q_nope.shape[-1], "rope": q_pe.shape[-1]}
-    sm_scale = _scale_or_default(sm_scale, widths, ABSORBED)
+    sm_scale = scale_or_default(sm_scale, widths, ABSORBED)
     batch = _batch(qo_indptr)
     queries = _ranges("qo_indptr", qo_indptr, batch, q_nope.shape[0], "rows of q_nope")
     requests = _requests(ckv_cache, kv_indptr, kv_indices, kv_last_page_len, batch)
-    longest = int(np.diff(np.asarray(qo_indptr)).max()) if _is_concrete(qo_indptr) else 0
+    longest = int(np.diff(np.asarray(qo_indptr)).max()) if is_concrete(qo_indptr) else 0
     return paged_prefill(
         *(q_nope, q_pe, ckv_cache, kpe_cache, *requests, *queries),
         sm_scale=sm_scale,
+        kv_scales=kv_scales,
         max_count=longest or None,
         deterministic=deterministic,
         backend=backend,
@@ -262,7 +269,7 @@ def mla_ragged_prefill(
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 3:
             raise ValueError(f"{name}: got shape {array.shape}, expected [tokens, heads, width]")
-    sm_scale = _scale_or_default(sm_scale, {"width": q.shape[-1]}, HEAD)
+    sm_scale = scale_or_default(sm_scale, {"width": q.shape[-1]}, HEAD)
     batch = _batch(qo_indptr)
     return causal_prefill(
         *(q, k, v),

@@ -1,7 +1,9 @@
 """Argument checks that the paged operations share: one line, naming argument, got, expected."""
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, DTypeLike
+
+from pallas_kernels.precision import FP8, GROUP
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -9,6 +11,33 @@ FLOATS = ("float32", "bfloat16", "float16")
 def _check_shape(name: str, array: Array, expected: tuple[int, ...], where: str) -> None:
     if array.shape != expected:
         raise ValueError(f"{name}: got shape {array.shape}, expected {expected}, {where}")
+
+
+def _check_cache_dtypes(
+    dtype: DTypeLike, ckv_cache: Array, kpe_cache: Array, kv_scales: Array | None
+) -> None:
+    """The pools are of q's dtype, or of float8_e4m3fn with scales that fit; see `paged_decode`."""
+    fp8 = ckv_cache.dtype == FP8
+    if ckv_cache.dtype != dtype and not fp8:
+        raise TypeError(
+            f"ckv_cache: got dtype {ckv_cache.dtype}, expected {dtype}, q_nope's, or {FP8}"
+        )
+    by_slot = kv_scales is not None and kv_scales.ndim > 0
+    if kpe_cache.dtype != dtype and not (fp8 and kpe_cache.dtype == FP8 and not by_slot):
+        also = f", or {FP8} with one scale" if fp8 else ""
+        raise TypeError(f"kpe_cache: got dtype {kpe_cache.dtype}, expected {dtype}, q_nope's{also}")
+    if kv_scales is None:
+        return
+    if not fp8:
+        raise ValueError(
+            f"kv_scales: got an array, expected None for a ckv_cache of {ckv_cache.dtype}"
+        )
+    *slots, latent = ckv_cache.shape
+    if by_slot:
+        where = f"one a slot and {GROUP} columns, or () for the whole cache"
+        _check_shape("kv_scales", kv_scales, (*slots, -(-latent // GROUP)), where)
+    if kv_scales.dtype != jnp.float32:
+        raise TypeError(f"kv_scales: got dtype {kv_scales.dtype}, expected float32")
 
 
 def check_paged(
@@ -20,6 +49,7 @@ def check_paged(
     per_request: dict[str, Array],
     *,
     axes: str,
+    kv_scales: Array | None = None,
 ) -> None:
     """ValueError for shapes, TypeError for dtypes, of a paged attention call.
 
@@ -55,10 +85,9 @@ def check_paged(
     dtype = q_nope.dtype
     if str(dtype) not in FLOATS:
         raise TypeError(f"q_nope: got dtype {dtype}, expected one of {', '.join(FLOATS)}")
-    named = {"q_pe": q_pe, "ckv_cache": ckv_cache, "kpe_cache": kpe_cache}
-    for name, array in named.items():
-        if array.dtype != dtype:
-            raise TypeError(f"{name}: got dtype {array.dtype}, expected {dtype}, q_nope's")
+    if q_pe.dtype != dtype:
+        raise TypeError(f"q_pe: got dtype {q_pe.dtype}, expected {dtype}, q_nope's")
+    _check_cache_dtypes(dtype, ckv_cache, kpe_cache, kv_scales)
     for name, array in {"page_ids": page_ids, **per_request}.items():
         if array.dtype != jnp.int32:
             raise TypeError(f"{name}: got dtype {array.dtype}, expected int32")

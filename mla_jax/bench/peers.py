@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from mla_jax.bench.timing import CALLS, Burst, burst_of, chained
 from mla_jax.paged import DEFAULT_SM_SCALE
@@ -137,6 +137,43 @@ def flash_mla(inputs: PagedInputs) -> Contender:
         )
         return out
 
+    return _captured(torch, call)
+
+
+def flash_mla_sparse(
+    q_nope: Float[Array, "batch tokens heads latent"],
+    q_pe: Float[Array, "batch tokens heads rope"],
+    rows: UInt8[Array, "pages page bytes"],
+    indices: Int[Array, "batch tokens topk"],
+) -> Contender:
+    """FlashMLA's sparse Hopper kernel over an fp8 cache, of PyPI's sgl-flash-mla, as `flash_mla`.
+
+    rows: the cache in 656 bytes a token, as `QuantizedLatents.packed` makes them.
+    """
+    torch, package = import_module("torch"), import_module("flash_mla")
+    torch.cuda.empty_cache()
+    nope, pe, cache, listed = map(torch.from_dlpack, (q_nope, q_pe, rows, indices))
+    q = torch.cat([nope, pe], dim=-1)
+    cache = cache.view(torch.float8_e4m3fn).unsqueeze(2)
+    plan, _ = package.get_mla_metadata()
+
+    def call():
+        out, _ = package.flash_mla_with_kvcache(
+            *(q, cache, None, None),
+            head_dim_v=nope.shape[-1],
+            tile_scheduler_metadata=plan,
+            softmax_scale=DEFAULT_SM_SCALE,
+            is_fp8_kvcache=True,
+            indices=listed,
+            use_legacy=True,
+        )
+        return out
+
+    return _captured(torch, call)
+
+
+def _captured(torch: Any, call: Callable[[], Any]) -> Contender:
+    """CALLS calls in one CUDA graph."""
     # PyTorch asks for a warm-up on another stream before it captures.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -45,6 +45,12 @@ def add_parser(subparsers) -> None:
     p.add_argument("--ignore-eos", action="store_true", help="do not stop at an end token")
     p.add_argument("--backend", metavar="NAME", help="triton or reference (default: fastest)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    p.add_argument(
+        "--kv-dtype",
+        choices=("fp8",),
+        help="keep the cache's latents in float8_e4m3fn, and report how that moves the logits that "
+        "follow the prompts (default: the model's dtype)",
+    )
     p.add_argument("--page-size", type=count, default=64, metavar="N", help="tokens a cache page")
     p.add_argument("--num-pages", type=count, metavar="N", help="cache pages (default: enough)")
     p.add_argument(
@@ -109,6 +115,7 @@ def _status(console: Console) -> Iterator:
 def run(args: argparse.Namespace) -> int:
     from mla_jax.checkpoint import load_checkpoint
     from mla_jax.generate import stream
+    from mla_jax.logit_shift import logit_shift
     from mla_jax.sampling import Sampler
     from mla_jax.sharding import make_mesh
     from mla_jax.tokenizer import load_tokenizer
@@ -119,12 +126,25 @@ def run(args: argparse.Namespace) -> int:
     mesh = None if args.mesh is None else make_mesh(**args.mesh)
     path = args.checkpoint or Path(str(files("mla_jax") / "models" / "tiny"))
     prompts = args.prompt or DEFAULT_PROMPTS
+    shift: dict[str, float] = {}
+    if args.kv_dtype is not None and mesh is not None:
+        raise ValueError("--kv-dtype: got fp8 with --mesh, whose logits are not compared yet")
     errors = Console(stderr=True, quiet=not writes)
     with _status(errors) as show:
         show(f"loading {path}")
         model = load_checkpoint(path, dtype=args.dtype, mesh=mesh)
         tokenizer = load_tokenizer(path, model.config)
         rows = [tokenizer.encode(prompt) for prompt in prompts]
+        if args.kv_dtype is not None:
+            show(f"comparing the logits of a cache in {args.kv_dtype}")
+            shift = logit_shift(
+                model,
+                [row or [model.config.bos_id or 0] for row in rows],
+                kv_dtype=args.kv_dtype,
+                backend=args.backend,
+                page_size=args.page_size,
+            )
+            errors.print(_shift_line(args.kv_dtype, shift), markup=False, highlight=False)
         made: list[list[int]] = [[] for _ in rows]
         shown = [0] * len(rows)
         show(f"compiling for {len(rows)} sequences")
@@ -142,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
             page_size=args.page_size,
             num_pages=args.num_pages,
             mesh=mesh,
+            kv_dtype=args.kv_dtype,
         ):
             for row, tokens in zip(made, progress.tokens, strict=True):
                 row += tokens
@@ -172,9 +193,19 @@ def run(args: argparse.Namespace) -> int:
             "seconds": progress.seconds,
             "tokens_per_second": total / progress.seconds,
             "cache_pages": progress.num_pages,
+            **({"logit_shift": shift} if shift else {}),
         }
         print(json.dumps(document))
     return 0
+
+
+def _shift_line(kv_dtype: str, shift: dict[str, float]) -> str:
+    """`logit_shift` in one line."""
+    return (
+        f"logits with the {kv_dtype} cache: moved by {shift['median']:.2g} (median), "
+        f"{shift['p99']:.2g} (99 %), {shift['max']:.2g} (most) of a spread of "
+        f"{shift['spread']:.2g}; likeliest token kept in {shift['same_token']:.0%} of prompts"
+    )
 
 
 def _print_text(

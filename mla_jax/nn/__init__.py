@@ -5,6 +5,7 @@ N qk_nope_head_dim, V v_head_dim. Weights are [out, in], as in checkpoints.
 """
 
 from mla_jax.nn.decoder import Decoder, decode_step, prefill
+from mla_jax.nn.indexer import Indexer
 from mla_jax.nn.mla import MLA
 
-__all__ = ["MLA", "Decoder", "decode_step", "prefill"]
+__all__ = ["MLA", "Decoder", "Indexer", "decode_step", "prefill"]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mla_jax.cache import PagedLatentCache, PageView
+from mla_jax.cache import LatentPool, PagedLatentCache, PageView
 from mla_jax.config import ModelConfig
 from mla_jax.nn.feed_forward import FeedForward, MoE
 from mla_jax.nn.linear import einsum, normal_param
@@ -55,12 +55,12 @@ class DecoderLayer(nnx.Module):
     def paged(
         self,
         x: Float[Array, "batch tokens dim"],
-        ckv_pool: Array,
+        ckv_pool: LatentPool,
         kpe_pool: Array,
         view: PageView,
         rope: Rotation,
         kernels: KernelChoice,
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, LatentPool, Array]:
         attended, ckv_pool, kpe_pool = self.attn.paged(
             self.attn_norm(x),
             *(ckv_pool, kpe_pool, view, rope),
@@ -147,6 +147,15 @@ def prefill(
 
     Under `jax.set_mesh`, with a model and a cache made for the mesh, one program runs on all of
     its devices; the logits then lie split over the vocabulary.
+
+    >>> from flax import nnx
+    >>> from mla_jax import presets
+    >>> model = Decoder(presets["tiny"], rngs=nnx.Rngs(0))
+    >>> cache = PagedLatentCache.create(model.config, num_pages=2, max_batch=2, max_pages=1)
+    >>> cache = cache.with_rows(jnp.array([[1], [0]]), cache.lengths)
+    >>> logits, cache = prefill(model, jnp.ones((2, 3), jnp.int32), cache, counts=jnp.array([3, 1]))
+    >>> logits.shape, cache.lengths.tolist()
+    ((2, 256), [3, 1])
     """
     batch, width = tokens.shape
     if width > cache.max_length:
@@ -176,6 +185,15 @@ def decode_step(
     A row whose next position has no page is left as it is, and its logits mean nothing. Jit with
     the cache donated, or call inside `jax.lax.scan`; nothing depends on the lengths but values.
     Meshes and errors: as `prefill`.
+
+    >>> from flax import nnx
+    >>> from mla_jax import presets
+    >>> model = Decoder(presets["tiny"], rngs=nnx.Rngs(0))
+    >>> cache = PagedLatentCache.create(model.config, num_pages=1, max_batch=1, max_pages=1)
+    >>> cache = cache.with_rows(jnp.array([[0]]), cache.lengths)
+    >>> logits, cache = decode_step(model, jnp.array([7]), cache)
+    >>> logits.shape, cache.lengths.tolist()
+    ((1, 256), [1])
     """
     kernels = KernelChoice(backend=backend, interpret=interpret)
 

@@ -7,10 +7,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax.cache import AbsorbCache, NaiveCache, PageView, append, causal, write_pages
+from mla_jax.cache import (
+    AbsorbCache,
+    LatentPool,
+    NaiveCache,
+    PageView,
+    append,
+    causal,
+    pool_and_scales,
+    read_pages,
+    write_pages,
+)
 from mla_jax.config import MLAConfig
 from mla_jax.nn.linear import Linear, einsum
 from mla_jax.nn.norm import RMSNorm
+from mla_jax.quantization import QuantizedPool
 from mla_jax.rope import apply_rotary, rotation
 from mla_jax.sharding.collectives import (
     merge_over_context,
@@ -141,14 +152,14 @@ class MLA(nnx.Module):
     def paged(
         self,
         x: Float[Array, "batch tokens dim"],
-        ckv_pool: Float[Array, "pages page latent"],
+        ckv_pool: Float[Array, "pages page latent"] | QuantizedPool,
         kpe_pool: Float[Array, "pages page rope"],
         view: PageView,
         rope: Rotation,
         *,
         backend: str | None = None,
         interpret: bool = False,
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, LatentPool, Array]:
         """Write this call's tokens to the layer's pools, then attend over the rows' pages.
 
         rope: (cos, sin) at view.positions. Returns (out [B, S, dim], ckv_pool, kpe_pool). On a
@@ -202,7 +213,7 @@ class MLA(nnx.Module):
         self,
         q_nope: Array,
         q_pe: Array,
-        ckv_pool: Array,
+        ckv_pool: LatentPool,
         kpe_pool: Array,
         view: PageView,
         kernel: dict[str, Any],
@@ -214,7 +225,9 @@ class MLA(nnx.Module):
         tokens = q_nope.shape[1]
         q_latent = self.absorb_query(q_nope)
         held = view.held(view.length, ckv_pool.shape[1])
-        pages = (ckv_pool, kpe_pool, view.page_ids, view.start, held)
+        ckv, kv_scales = pool_and_scales(ckv_pool)
+        pages = (ckv, kpe_pool, view.page_ids, view.start, held)
+        kernel = {**kernel, "kv_scales": kv_scales}
         if tokens == 1:
             out, lse = paged_decode(q_latent, q_pe, *pages, **kernel)
         else:
@@ -232,7 +245,7 @@ class MLA(nnx.Module):
         q_pe: Array,
         ckv: Array,
         kpe: Array,
-        ckv_pool: Array,
+        ckv_pool: LatentPool,
         kpe_pool: Array,
         view: PageView,
         kernel: dict[str, Any],
@@ -264,7 +277,8 @@ class MLA(nnx.Module):
             ids = view.page_ids[jnp.clip(slots, 0, view.page_ids.shape[0] - 1)]
             ids = jnp.clip(ids, 0, num_pages - 1)
             ckv, kpe = (
-                pool[ids].reshape(batch, block, -1).astype(q.dtype) for pool in (ckv_pool, kpe_pool)
+                read_pages(pool, ids, q.dtype).reshape(batch, block, -1)
+                for pool in (ckv_pool, kpe_pool)
             )
             count = jnp.clip(cached - i * block, 0, block)
             return merge_states(*state, *attend(ckv, kpe, count, causal=False))

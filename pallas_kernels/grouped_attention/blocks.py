@@ -20,10 +20,10 @@ from pallas_kernels.causal_prefill.blocks import (
 from pallas_kernels.causal_prefill.tiles import SHARED_BYTES
 from pallas_kernels.checks import FLOATS
 from pallas_kernels.exponential import LOG2_E, NEG_INF, exp2
+from pallas_kernels.precision import FP8
 
 BLOCK = 64
 """Tokens of a cache block, and the side of a block of a sparse layout."""
-FP8 = "float8_e4m3fn"
 DTYPES = (*FLOATS, FP8)
 
 Parts = tuple[Array, ...]

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from pallas_kernels.precision import precision_for
+from pallas_kernels.precision import FP8, GROUP, precision_for
 
 KEYS_PER_STEP = 256
 
@@ -20,23 +20,34 @@ def attend_pages_reference(
     first: Int[Array, " batch"],
     sm_scale: Float[Array, ""],
     out_dtype: DTypeLike | None = None,
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
 ) -> tuple[Float[Array, "batch tokens heads latent"], Float[Array, "batch tokens heads"]]:
     """Query i of request b sits at position first[b] + i and sees the keys up to it.
 
     out_dtype: None is q's. Memory follows the step, not the longest request; time follows the
-    longest request.
+    longest request. An e4m3 cache is multiplied with its scales, and all the rest done, in float32.
     """
+    out_dtype = out_dtype or q_nope.dtype
     batch, tokens, heads, latent = q_nope.shape
     num_pages, page_size, _ = ckv_cache.shape
-    dtype = ckv_cache.dtype
+    dtype = jnp.float32 if ckv_cache.dtype == FP8 else ckv_cache.dtype
+    q_nope, q_pe = q_nope.astype(dtype), q_pe.astype(dtype)
     pages_per_step = max(1, KEYS_PER_STEP // page_size)
     keys_per_step = pages_per_step * page_size
     precision = precision_for(dtype)
     limit = jnp.minimum(first[:, None] + jnp.arange(tokens) + 1, length[:, None])  # [B, S]
 
+    def rows_of(cache: Array, pages: Array) -> Array:
+        return cache[pages].reshape(batch, keys_per_step, cache.shape[-1])
+
     def load(cache: Array, pages: Array, valid: Array) -> Array:
+        rows = rows_of(cache, pages).astype(dtype)
+        if cache.dtype == FP8 and kv_scales is not None:
+            scales = kv_scales
+            if scales.ndim:
+                scales = jnp.repeat(rows_of(scales, pages), GROUP, axis=-1)[..., : rows.shape[-1]]
+            rows *= scales
         # A select, not a product: unused slots may hold NaN.
-        rows = cache[pages].reshape(batch, keys_per_step, cache.shape[-1])
         return jnp.where(valid[..., None], rows, jnp.zeros((), dtype))
 
     def dot(spec: str, a: Array, b: Array) -> Array:
@@ -71,4 +82,4 @@ def attend_pages_reference(
     steps = lax.div(length.max() + keys_per_step - 1, jnp.int32(keys_per_step))
     acc, top, total = lax.fori_loop(jnp.int32(0), steps.astype(jnp.int32), step, state)
     out = acc / jnp.where(total == 0, 1.0, total)[..., None]
-    return out.astype(out_dtype or q_nope.dtype), jnp.log2(total) + jnp.where(total == 0, 0.0, top)
+    return out.astype(out_dtype), jnp.log2(total) + jnp.where(total == 0, 0.0, top)

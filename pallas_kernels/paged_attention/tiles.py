@@ -1,12 +1,13 @@
 """The shape of a paged attention problem, and the tiles that the Triton kernel cuts it into."""
 
 import dataclasses
-from typing import Self
+from typing import Literal, Self
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.device import Device
+from pallas_kernels.precision import FP8, GROUP
 from pallas_kernels.tuning import tuned
 
 
@@ -25,10 +26,19 @@ class PagedProblem:
     dtype: str
     num_ids: int
     """Page ids of all requests together, which bounds their keys."""
+    scaled: Literal["slot", "tensor"] | None = None
+    """Which scales a float8_e4m3fn cache has; None: the cache is of q's dtype."""
 
     @classmethod
     def of(
-        cls, op: str, q_nope: Array, q_pe: Array, ckv_cache: Array, page_ids: Array, batch: int
+        cls,
+        op: str,
+        q_nope: Array,
+        q_pe: Array,
+        ckv_cache: Array,
+        page_ids: Array,
+        batch: int,
+        kv_scales: Array | None = None,
     ) -> Self:
         """The problem that arrays of these shapes pose: q_nope [B, S, H, C] or [T, H, C]."""
         return cls(
@@ -41,12 +51,24 @@ class PagedProblem:
             page_size=ckv_cache.shape[1],
             dtype=str(q_nope.dtype),
             num_ids=page_ids.shape[0],
+            scaled=None if ckv_cache.dtype != FP8 else scaling(kv_scales),
         )
 
     @property
     def rows(self) -> int:
         """Query rows of one request, all of which share its keys; 0 if that differs."""
         return self.tokens * self.heads
+
+
+def scaling(kv_scales: Array | None) -> Literal["slot", "tensor"]:
+    """How scales of this shape belong to an e4m3 cache; None is one scale of 1."""
+    return "tensor" if kv_scales is None or kv_scales.ndim == 0 else "slot"
+
+
+def latent_parts(latent: int, scaled: str | None) -> list[tuple[int, int]]:
+    """(start, size) of the columns that a kernel holds together: those that share a scale."""
+    size = min(GROUP, latent) if scaled == "slot" else latent
+    return [(start, size) for start in range(0, latent, size)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +110,7 @@ def default_tiles(rows: int, dtype: str) -> PagedTiles:
 def choose_tiles(problem: PagedProblem, device: Device) -> PagedTiles:
     """The device's tuned tiles, else the default ones.
 
-    They follow from the heads, the query tokens, the page size, the dtype and the device, and from
+    They follow from the heads, the query tokens, the page size, the dtypes and the device, and from
     nothing else: the size of the batch and the lengths do not change how a result is rounded.
     """
     found = tuned(
@@ -97,7 +119,7 @@ def choose_tiles(problem: PagedProblem, device: Device) -> PagedTiles:
         heads=problem.heads,
         rows=problem.rows,
         page_size=problem.page_size,
-        dtype=problem.dtype,
+        dtype=problem.dtype if problem.scaled is None else f"{FP8} by {problem.scaled}",
     )
     return PagedTiles(**found) if found else default_tiles(problem.rows, problem.dtype)
 

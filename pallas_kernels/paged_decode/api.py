@@ -30,7 +30,9 @@ BACKENDS = (
     ),
     Backend(
         name="reference",
-        run=lambda *args, num_splits, deterministic, interpret: paged_decode_reference(*args),
+        run=lambda *args, num_splits, deterministic, interpret, **rest: paged_decode_reference(
+            *args, **rest
+        ),
     ),
 )
 
@@ -45,6 +47,7 @@ def paged_decode(
     length: Int[Array, " batch"],
     *,
     sm_scale: float | Float[Array, ""],
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
     num_splits: int | None = None,
     deterministic: bool = False,
     backend: str | None = None,
@@ -60,6 +63,9 @@ def paged_decode(
     page_ids must not overlap. A block table [B, max_pages] is
     page_ids = table.ravel(), start = arange(B) * max_pages.
 
+    The pools are of q's dtype, or ckv_cache is float8_e4m3fn: its numbers are multiplied with
+    kv_scales, float32, [pages, page, ceil(latent / 128)] for each slot and 128 columns, or one
+    number []; None is 1. With one, kpe_cache may be e4m3 under it too.
     num_splits: blocks that share one request's keys; None follows the lengths and the device's
     cores. deterministic: a request's result is the same to the bit whatever else is in the batch.
     interpret: with a Pallas backend named, run the kernel's Python on any device.
@@ -71,13 +77,16 @@ def paged_decode(
         *(q_nope, q_pe, ckv_cache, kpe_cache, page_ids),
         {"start": start, "length": length},
         axes="batch, tokens",
+        kv_scales=kv_scales,
     )
     tokens = q_nope.shape[1]
     if not 1 <= tokens <= MAX_QUERY_TOKENS:
         raise ValueError(f"q_nope: got {tokens} query tokens, expected 1 to {MAX_QUERY_TOKENS}")
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"num_splits: got {num_splits}, expected None or at least 1")
-    problem = PagedProblem.of("paged_decode", q_nope, q_pe, ckv_cache, page_ids, q_nope.shape[0])
+    problem = PagedProblem.of(
+        "paged_decode", q_nope, q_pe, ckv_cache, page_ids, q_nope.shape[0], kv_scales
+    )
     chosen = choose("paged_decode", BACKENDS, problem, backend)
     return chosen.run(
         *(q_nope, q_pe, ckv_cache, kpe_cache, page_ids, start, length),
@@ -85,4 +94,5 @@ def paged_decode(
         num_splits=num_splits,
         deterministic=deterministic,
         interpret=interpret,
+        **({} if kv_scales is None else {"kv_scales": kv_scales}),
     )

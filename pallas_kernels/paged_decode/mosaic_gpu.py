@@ -34,6 +34,8 @@ def unsupported(problem: PagedProblem) -> str | None:
         return f"jax is {jax.__version__}, Mosaic GPU's copies and its interpreter need 0.11"
     if problem.dtype not in ("bfloat16", "float16"):
         return f"the dtype is {problem.dtype}, the tensor cores take bfloat16 and float16"
+    if problem.scaled is not None:
+        return "the cache is float8_e4m3fn, whose numbers this kernel does not convert"
     if problem.latent % (2 * BOX) or problem.latent > 512:
         return f"latent is {problem.latent}, two halves of whole boxes need 128, 256, 384 or 512"
     if problem.rope not in (0, BOX):

@@ -14,9 +14,11 @@ def paged_decode_reference(
     start: Int[Array, " batch"],
     length: Int[Array, " batch"],
     sm_scale: Float[Array, ""],
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
 ) -> tuple[Float[Array, "batch tokens heads latent"], Float[Array, "batch tokens heads"]]:
     """Decode is prefill whose queries are the last `tokens` positions of every request."""
     first = length - q_nope.shape[1]
     return attend_pages_reference(
-        q_nope, q_pe, ckv_cache, kpe_cache, page_ids, start, length, first, sm_scale
+        *(q_nope, q_pe, ckv_cache, kpe_cache, page_ids, start, length, first, sm_scale),
+        kv_scales=kv_scales,
     )

@@ -56,10 +56,16 @@ def paged_decode_triton(
     deterministic: bool,
     interpret: bool,
     tiles: PagedTiles | None = None,
+    named: Int[Array, " batch"] | None = None,
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
 ) -> tuple[Float[Array, "batch tokens heads latent"], Float[Array, "batch tokens heads"]]:
-    """`paged_decode` on the Triton lowering; `tiles` overrides the choice, for tuning."""
+    """`paged_decode` on the Triton lowering; `tiles` overrides the choice, for tuning.
+
+    named: for pages of one token, any of which one query token may see, how many ids at a request's
+    beginning are of the pool; behind them, one outside it stands for no key. None: all name pages.
+    """
     batch, tokens, heads, latent = q_nope.shape
-    problem = PagedProblem.of("paged_decode", q_nope, q_pe, ckv_cache, page_ids, batch)
+    problem = PagedProblem.of("paged_decode", q_nope, q_pe, ckv_cache, page_ids, batch, kv_scales)
     device = current_device()
     tiles = tiles or choose_tiles(problem, device)
     rows = jnp.full(batch, problem.rows, jnp.int32)
@@ -71,7 +77,7 @@ def paged_decode_triton(
         owned=rows,
         first_id=start,
         length=length,
-        seen=length - tokens + 1,
+        seen=length - tokens + 1 if named is None else named,
     )
     plan = plan_splits(
         length, problem, tiles, device, num_splits=num_splits, deterministic=deterministic
@@ -85,7 +91,9 @@ def paged_decode_triton(
         heads=heads,
         row_blocks=-(-problem.rows // tiles.rows),
         tiles=tiles,
+        sparse=named is not None,
         deterministic=deterministic,
         interpret=interpret,
+        kv_scales=kv_scales,
     )
     return out.reshape(q_nope.shape), lse.reshape(batch, tokens, heads)

@@ -39,6 +39,7 @@ def paged_prefill(
     sm_scale: float | Float[Array, ""],
     max_count: int | None = None,
     deterministic: bool = False,
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
     backend: str | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "tokens heads latent"], Float[Array, "tokens heads"]]:
@@ -48,7 +49,7 @@ def paged_prefill(
     over requests without queries); they are the last q_count[b] of its length[b] positions, in the
     pages page_ids[start[b]:], and each sees the keys at and before its own position. Other rows of
     q are padding. max_count: a bound on q_count, which saves the reference work; None knows none.
-    Scores, pages, deterministic, interpret and errors as in `paged_decode`.
+    Scores, pages, kv_scales, deterministic, interpret and errors as in `paged_decode`.
     Returns out, of q's shape and dtype, and the base-2 log-sum-exp [tokens, heads] float32; padding
     and queries without keys give 0 and -inf.
     """
@@ -56,11 +57,12 @@ def paged_prefill(
         *(q_nope, q_pe, ckv_cache, kpe_cache, page_ids),
         {"start": start, "length": length, "q_start": q_start, "q_count": q_count},
         axes="tokens",
+        kv_scales=kv_scales,
     )
     tokens, batch = q_nope.shape[0], start.shape[0]
     if max_count is not None and max_count < 1:
         raise ValueError(f"max_count: got {max_count}, expected None or at least 1")
-    problem = PagedProblem.of("paged_prefill", q_nope, q_pe, ckv_cache, page_ids, batch)
+    problem = PagedProblem.of("paged_prefill", q_nope, q_pe, ckv_cache, page_ids, batch, kv_scales)
     chosen = choose("paged_prefill", BACKENDS, problem, backend)
     return chosen.run(
         *(q_nope, q_pe, ckv_cache, kpe_cache, page_ids, start, length, q_start, q_count),
@@ -68,4 +70,5 @@ def paged_prefill(
         max_count=min(max_count or tokens, tokens),
         deterministic=deterministic,
         interpret=interpret,
+        **({} if kv_scales is None else {"kv_scales": kv_scales}),
     )

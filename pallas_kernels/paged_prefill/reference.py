@@ -19,6 +19,7 @@ def paged_prefill_reference(
     sm_scale: Float[Array, ""],
     *,
     max_count: int,
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
 ) -> tuple[Float[Array, "tokens heads latent"], Float[Array, "tokens heads"]]:
     """`paged_prefill`, in memory and time for max_count queries of every request."""
     tokens = q_nope.shape[0]
@@ -31,6 +32,7 @@ def paged_prefill_reference(
     out, lse = attend_pages_reference(
         *(padded(q_nope), padded(q_pe), ckv_cache, kpe_cache),
         *(page_ids, start, length, length - q_count, sm_scale),
+        kv_scales=kv_scales,
     )
     return (
         jnp.zeros_like(q_nope).at[rows].set(out, mode="drop"),

@@ -74,11 +74,14 @@ def paged_prefill_triton(
     deterministic: bool,
     interpret: bool,
     tiles: PagedTiles | None = None,
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
 ) -> tuple[Float[Array, "tokens heads latent"], Float[Array, "tokens heads"]]:
     """`paged_prefill` on the Triton lowering; `tiles` overrides the choice, for tuning."""
     del max_count
     tokens, heads, latent = q_nope.shape
-    problem = PagedProblem.of("paged_prefill", q_nope, q_pe, ckv_cache, page_ids, start.shape[0])
+    problem = PagedProblem.of(
+        "paged_prefill", q_nope, q_pe, ckv_cache, page_ids, start.shape[0], kv_scales
+    )
     device = current_device()
     tiles = tiles or choose_tiles(problem, device)
     row_blocks = min(-(-UNIT_ROWS // tiles.rows), -(-tokens * heads // tiles.rows))
@@ -112,5 +115,6 @@ def paged_prefill_triton(
         tiles=tiles,
         deterministic=deterministic,
         interpret=interpret,
+        kv_scales=kv_scales,
     )
     return out.reshape(q_nope.shape), lse.reshape(tokens, heads)

@@ -1,0 +1,72 @@
+"""The lightning indexer's weights, and what it makes of a layer's inputs."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mla_jax.config import MLAConfig
+from mla_jax.indexer import lightning_indexer
+from mla_jax.nn.linear import Linear, einsum
+from mla_jax.nn.norm import LayerNorm
+from mla_jax.rope import apply_rotary
+
+
+class Indexer(nnx.Module):
+    """Which tokens each token attends to, by small heads of their own (arXiv:2512.02556).
+
+    Queries come from the layer's normalised query latent, the one key a token and the heads'
+    weights from its input. The first qk_rope_head_dim columns of queries and keys are rotated, by
+    halves, whatever the attention's own are.
+
+    >>> from mla_jax.rope import rotation
+    >>> config = MLAConfig(
+    ...     dim=32, n_heads=2, q_lora_rank=16, index_n_heads=4, index_topk=64, dtype="float32"
+    ... )
+    >>> indexer = Indexer(config, rngs=nnx.Rngs(0))
+    >>> rope = rotation(config, jnp.arange(5)[None])
+    >>> indexer(jnp.ones((1, 5, 32)), jnp.ones((1, 5, 16)), rope).shape
+    (1, 5, 64)
+    """
+
+    def __init__(self, config: MLAConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        heads, width, dtype = config.index_n_heads, config.index_head_dim, config.dtype
+        self.wq_b = Linear(config.q_lora_rank, heads * width, dtype, rngs=rngs)
+        self.wk = Linear(config.dim, width, dtype, rngs=rngs)
+        self.k_norm = LayerNorm(width, dtype)
+        self.weights_proj = Linear(config.dim, heads, dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        q_lora: Float[Array, "batch tokens rank"],
+        rope: tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]],
+    ) -> Int[Array, "batch tokens topk"]:
+        """Among whole sequences: the positions of each token's choice, -1 where there are fewer.
+
+        q_lora: the normalised query latent; rope: (cos, sin) at the tokens' positions.
+        """
+        return lightning_indexer(*self.project(x, q_lora, rope), topk=self.config.index_topk)
+
+    def project(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        q_lora: Float[Array, "batch tokens rank"],
+        rope: tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]],
+    ) -> tuple[
+        Float[Array, "batch tokens heads width"],
+        Float[Array, "batch tokens width"],
+        Float[Array, "batch tokens heads"],
+    ]:
+        """(q, k, weights) as `mla_jax.lightning_indexer` takes them; the weights in float32."""
+        cos, sin = rope
+        q = self.wq_b(q_lora).reshape(*x.shape[:-1], -1, self.config.index_head_dim)
+        q = self._rotate(q, cos[..., None, :], sin[..., None, :])
+        k = self._rotate(self.k_norm(self.wk(x)), cos, sin)
+        weights = einsum("...i,hi->...h", x, self.weights_proj.weight[...], out=jnp.float32)
+        return q, k, weights
+
+    def _rotate(self, x: Array, cos: Array, sin: Array) -> Array:
+        rotated, rest = jnp.split(x, [self.config.qk_rope_head_dim], axis=-1)
+        rotated = apply_rotary(rotated, cos, sin, interleave=False)
+        return jnp.concatenate([rotated, rest], axis=-1)
