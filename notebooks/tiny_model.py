@@ -1,13 +1,5 @@
 # ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
+# jupyter: {kernelspec: {display_name: Python 3, language: python, name: python3}}
 # ---
 
 # %% [markdown]
@@ -37,15 +29,15 @@ print(training["command"], "on", training["device"], "in", training["seconds"], 
 
 # %%
 steps = [point["step"] for point in curve]
-figure, axes = plt.subplots(figsize=(7, 3.5))
+_, axes = plt.subplots(figsize=(7, 3.5))
 axes.plot(steps, [p["train_loss"] / np.log(2) for p in curve], label="training")
 axes.plot(steps, [p["validation_bits_per_byte"] for p in curve], label="held out")
 axes.plot(best["step"], best["validation_bits_per_byte"], "o", color="black", label="shipped")
 axes.set(xlabel="step", ylabel="bits a byte", ylim=(0.5, 3))
 axes.grid(alpha=0.3)
 axes.legend()
-figure.tight_layout()
-figure
+plt.tight_layout()
+plt.show()
 
 # %% [markdown]
 # The weights that were kept are those of the lowest loss on text held out.

@@ -5,7 +5,7 @@ the routers), the latent cache of every row once, at the bandwidth measured in t
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from mla_jax.allocator import PageAllocator
-from mla_jax.bench.timing import compilations, measure_ceilings, microseconds_a_call, seconds_a_run
+from mla_jax.bench.timing import compilations, microseconds_a_call, seconds_a_run
 from mla_jax.cache import PagedLatentCache
 from mla_jax.config import ModelConfig
 from mla_jax.generate import BLOCK_STEPS, decode_block
@@ -181,27 +181,25 @@ def bench_step(model: Decoder, batch: int, length: int, ceiling: float, seed: in
 
 
 def run(
-    config: ModelConfig,
-    batches: list[int],
-    length: int,
-    report: Callable[[Row], None] = lambda row: None,
-) -> tuple[dict[str, float], list[Row]]:
-    """Kernels first, then whole steps of a model with random weights: (ceilings, rows)."""
-    ceilings = measure_ceilings()
-    bandwidth = ceilings["bandwidth_gb_s"]
-    rows: list[Row] = []
+    config: ModelConfig, batches: list[int], length: int, bandwidth: float
+) -> list[Iterator[Row]]:
+    """Kernels first, then whole steps of a model with random weights.
 
-    def record(row: Row) -> None:
-        rows.append(row)
-        report(row)
-
+    bandwidth: GB/s, of the same run. Every iterator measures when it is asked for a row.
+    """
     heads = config.mla.n_heads
-    record(bench_attention(128, 16, 4096, bandwidth))
-    for batch in batches:
-        record(bench_attention(batch, heads, length, bandwidth))
+
+    def kernels(batch: int) -> Iterator[Row]:
+        yield bench_attention(batch, heads, length, bandwidth)
         if config.moe is not None:
-            record(bench_experts(config, batch, bandwidth))
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    for batch in batches:
-        record(bench_step(model, batch, length, bandwidth))
-    return ceilings, rows
+            yield bench_experts(config, batch, bandwidth)
+
+    def steps() -> Iterator[Row]:
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        for batch in batches:
+            yield bench_step(model, batch, length, bandwidth)
+
+    def yardstick() -> Iterator[Row]:
+        yield bench_attention(128, 16, 4096, bandwidth)
+
+    return [yardstick(), *map(kernels, batches), steps()]

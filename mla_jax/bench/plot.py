@@ -6,13 +6,15 @@ from typing import Any
 
 # Okabe and Ito's colours, told apart without colour vision; lightness differs too.
 COLOURS = {"ours": "#0072B2", "flash-mla": "#E69F00", "page 64": "#56B4E9", "xla": "#999999"}
+FORMATS = (".svg", ".png")
 BAR, GAP = 0.13, 0.13  # inches: a bar's height, and the space between shapes
 
 
 def check(path: Path) -> None:
-    """Before measuring: ImportError without matplotlib, ValueError for a name that is not .svg."""
-    if path.suffix != ".svg":
-        raise ValueError(f"plot: got {path.name}, expected a name that ends in .svg")
+    """Before measuring: ImportError without matplotlib, ValueError for another format."""
+    if path.suffix not in FORMATS:
+        expected = " or ".join(FORMATS)
+        raise ValueError(f"plot: got {path.name}, expected a name that ends in {expected}")
     try:
         import_module("matplotlib")
     except ImportError:
@@ -20,7 +22,7 @@ def check(path: Path) -> None:
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Bars of floor time over measured time, by shape, from a results file's content, as an SVG.
+    """Bars of floor time over measured time, by shape, from a results file's content: SVG or PNG.
 
     1 is a kernel that moves or computes at the rates measured in the same run. Errors: `check`'s.
     """
@@ -65,5 +67,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
             frameon=False,
         )
         axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, metadata={"Date": None})
+        # An SVG holds the date if it is not told otherwise, a PNG does not.
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(path, metadata=metadata, dpi=200)
         plt.close(figure)

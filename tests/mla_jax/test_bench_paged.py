@@ -235,7 +235,7 @@ def test_command_writes_its_rows(tiny_run, tmp_path):
         (["--backend", "cuda"], "backend: got 'cuda'"),
         (["--json", "/no/such/folder/x.json"], "json: /no/such/folder is not a folder"),
         (["--plot", "/no/such/folder/x.svg"], "plot: /no/such/folder is not a folder"),
-        (["--plot", "x.png"], "plot: got x.png, expected a name that ends in .svg"),
+        (["--plot", "x.pdf"], "plot: got x.pdf, expected a name that ends in .svg or .png"),
     ],
 )
 def test_a_mistake_is_one_line_before_measuring(tiny_run, argv, words):
