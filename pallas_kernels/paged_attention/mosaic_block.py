@@ -1,7 +1,7 @@
 """What the warpgroups of a block of the Mosaic GPU kernel share: sizes, names, the work table."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,7 +14,9 @@ from pallas_kernels.paged_attention.units import Segment
 ROWS = KEYS = BOX = 64
 """Query rows of a block, keys of a tile, columns of a swizzled box."""
 STAGES = 2
-"""Tiles that shared memory holds."""
+"""Tiles that shared memory holds, where queries fill 64 rows."""
+STRIPE = 2 * BOX
+"""Columns of a tile that are loaded and given back together, where they do not."""
 LOWEST = -1e30
 """Instead of -inf, whose differences would be NaN."""
 GRID, CLUSTER, THREAD = "mla_worker", "mla_cluster", "mla_warpgroup"
@@ -24,16 +26,16 @@ GRID, CLUSTER, THREAD = "mla_worker", "mla_cluster", "mla_warpgroup"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MosaicTiles:
     """cluster: blocks of 64 rows that share their keys: 1, or 2.
-    seesaw: two consumers in turns, instead of a line of three.
+    order: how the consumers share the work, see mosaic_gpu.py.
     """
 
     cluster: int
-    seesaw: bool = False
+    order: Literal["twins", "line", "seesaw"]
 
     @property
     def step(self) -> int:
         """Keys of a plan's step."""
-        return KEYS * (2 if self.seesaw else 1)
+        return KEYS * (2 if self.order == "seesaw" else 1)
 
 
 GROWTH = 8.0
@@ -52,7 +54,8 @@ class Block:
         self.heads, self.tokens = heads, tokens
         self.rope, self.interpret = rope, interpret
         self.worker, self.block = worker, block
-        self.half = refs["ckv"].shape[-1] // 2
+        latent = refs["ckv"].shape[-1]
+        self.half, self.stripes = latent // 2, latent // STRIPE
         self.axes = CLUSTER if tiles.cluster > 1 else None
 
     def __getattr__(self, name: str) -> Any:
@@ -80,6 +83,14 @@ class Block:
     def place(self, n):
         """The place of tile n in the ring."""
         return lax.rem(n, jnp.int32(STAGES))
+
+    def stripe_place(self, n, stripe: int):
+        """The place of a stripe of tile n, where every stripe has one of its own."""
+        return lax.rem(n * self.stripes + stripe, jnp.int32(self.refs["k_s"].shape[0]))
+
+    def rope_place(self, n):
+        """The place of its rope columns."""
+        return lax.rem(n, jnp.int32(self.refs["rope_s"].shape[0]))
 
     def release(self, place, half: int):
         """Gives the producers this half of a place back, which this warpgroup has read."""

@@ -1,11 +1,20 @@
 """Latent attention over pages for Hopper, in Pallas' Mosaic GPU dialect.
 
-A worker is a thread block that holds 64 query rows, or a cluster of two such blocks, which receive
-every tile of keys by multicast. It does the segments that the plan gives it, one after the other.
-In a block, a producer warpgroup fills two tiles of 64 keys, and the consumers share the work in
-one of two ways. In both, one sums the left half of the output's columns and one the right half,
-which fills their registers, and each half of a tile is loaded anew when the consumer of that half
-has used it. The probabilities take the place of a tile's rope columns.
+A worker is a thread block that holds up to 64 query rows, or a cluster of two such blocks, which
+receive every tile of keys by multicast. It does the segments that the plan gives it, one after the
+other. In a block, a producer warpgroup loads tiles of 64 keys, and the consumers share the work in
+one of three ways. In all, one sums the left half of the output's columns and one the right half.
+
+The twins, for few rows: keys stand on the products' M, rows on their N, so that up to 32 rows cost
+what they are. Both score every tile, and nothing waits for the other. Tiles come in stripes of 128
+columns, of which shared memory holds nearly three tiles'.
+
+    consumer 0: scores 0 . softmax 0 . values 0 (left)  . scores 1 ...
+    consumer 1: scores 0 . softmax 0 . values 0 (right) . scores 1 ...
+
+In the other two 64 rows stand on M, and shared memory has room for two tiles. A half of a tile is
+loaded anew when the consumer of that half has used it, and the probabilities take the place of its
+rope columns.
 
 The line, where memory is the limit: scores and softmax, and two for values. Nobody waits for those
 behind; values of one tile are summed while the next one is scored, and a segment's queries load
@@ -20,8 +29,8 @@ one waits for its softmax, the other keeps the tensor cores busy.
     consumer 0: scores 0 . softmax 0 . values 0 (left)               . values 1 (left)
     consumer 1: scores 1 .             values 0 (right) | softmax 1  . values 1 (right)
 
-mosaic_producer.py, mosaic_scores.py with mosaic_values.py, and mosaic_seesaw.py hold the roles,
-mosaic_tile.py what is done with a tile in either way.
+mosaic_producer.py, mosaic_twins.py, mosaic_scores.py with mosaic_values.py, and mosaic_seesaw.py
+hold the roles, mosaic_tile.py what the last two do with a tile.
 """
 
 # Older versions of jax, which `unsupported` refuses, have no interpreter of this dialect.
@@ -43,14 +52,15 @@ from pallas_kernels.paged_attention.mosaic_block import (
     GRID,
     KEYS,
     ROWS,
-    STAGES,
     THREAD,
     Block,
     MosaicTiles,
 )
-from pallas_kernels.paged_attention.mosaic_producer import produce
+from pallas_kernels.paged_attention.mosaic_producer import HALVES, STRIPES, produce
 from pallas_kernels.paged_attention.mosaic_scores import score
+from pallas_kernels.paged_attention.mosaic_scratch import scratch
 from pallas_kernels.paged_attention.mosaic_seesaw import consume
+from pallas_kernels.paged_attention.mosaic_twins import consume_alone
 from pallas_kernels.paged_attention.mosaic_values import sum_values
 
 __all__ = ["BOX", "KEYS", "ROWS", "MosaicTiles", "attend_pages_mosaic", "role_names"]
@@ -67,21 +77,19 @@ def _kernel(
     tokens: int,
     rope: bool,
     interpret: bool,
+    **scratch,
 ):
-    """Gives every warpgroup of a block its role; refs: inputs, outputs, scratch."""
+    """Gives every warpgroup of a block its role; refs: inputs, outputs."""
     names = (
         *("q_nope", *(("q_pe",) if rope else ()), "ckv", *(("kpe",) if rope else ())),
         *("ids", "scale", "work"),
         *("out", "lse", "part", "part_lse"),
-        *("k_s", "p_s", "row_s"),
-        *("q_s", *(("q_rope_s",) if rope else ())),
-        *("q_full", "q_free", "full", "full_rope", "free", "p_ready", "done"),
     )
-    by_name = dict(zip(names, refs, strict=True))
+    by_name = {**dict(zip(names, refs, strict=True)), **scratch}
     worker = lax.axis_index(GRID)
     thread = lax.axis_index(THREAD)
     block = lax.axis_index(CLUSTER) if tiles.cluster > 1 else jnp.int32(0)
-    stand = Block(by_name, tiles, min(rows, ROWS), heads, tokens, rope, interpret, worker, block)
+    stand = Block(by_name, tiles, rows, heads, tokens, rope, interpret, worker, block)
 
     if not interpret:
         # What is in front must have ended; what comes behind may make ready.
@@ -91,8 +99,8 @@ def _kernel(
     for index, (_, registers, role) in enumerate(_roles(tiles)):
 
         @pl.when(thread == index)
-        def _(registers=registers, role=role):
-            action = "decrease" if role is produce else "increase"
+        def _(index=index, registers=registers, role=role):
+            action = "decrease" if index == len(_roles(tiles)) - 1 else "increase"
             plgpu.set_max_registers(registers, action=action)
             role(stand)
 
@@ -102,12 +110,16 @@ def _roles(tiles: MosaicTiles) -> list[tuple[str, int, Callable[[Block], None]]]
 
     One thread of each may together have as many registers as the device has for 128 threads.
     """
-    if tiles.seesaw:
+    ring = HALVES
+    if tiles.order == "twins":
+        ring = STRIPES
+        consumers = [(f"twin {w}", 232, functools.partial(consume_alone, w=w)) for w in (0, 1)]
+    elif tiles.order == "seesaw":
         consumers = [(f"consumer {w}", 232, functools.partial(consume, w=w)) for w in (0, 1)]
     else:
         values = [(f"values {w}", 168, functools.partial(sum_values, w=w)) for w in (0, 1)]
         consumers = [("scores", 128, score), *values]
-    return [*consumers, ("producer", 40, produce)]
+    return [*consumers, ("producer", 40, functools.partial(produce, ring=ring))]
 
 
 def role_names(tiles: MosaicTiles) -> tuple[str, ...]:
@@ -158,29 +170,16 @@ def attend_pages_mosaic(
     all_rows, latent = q_nope.shape
     rope = q_pe.shape[-1]
     dtype = q_nope.dtype
-    half = latent // 2
-    swizzled = (plgpu.TilingTransform((8, BOX)), plgpu.SwizzleTransform(128))
-
-    def shared(*shape, tiled=True):
-        kind = dtype if tiled else jnp.float32
-        return plgpu.SMEM(shape, kind, transforms=swizzled if tiled else ())
-
-    boxes = max(1, KEYS // ckv_cache.shape[1])
-    if tiles.cluster > 1:
-        free = plgpu.ClusterBarrier(collective_axes=(CLUSTER,), num_barriers=2 * STAGES)
-        cluster = {"cluster": (tiles.cluster,), "cluster_names": (CLUSTER,)}
-    else:
-        free = plgpu.Barrier(num_barriers=2 * STAGES)
-        cluster = {}
-    consumers = 2 if tiles.seesaw else 1  # that close a segment
+    cluster = {"cluster": (tiles.cluster,), "cluster_names": (CLUSTER,)}
     with_rope = (q_pe,) if rope else ()
     args = (q_nope, *with_rope, ckv_cache, *((kpe_cache,) if rope else ()))
-    slot_rows = ROWS * tiles.cluster
+    held = min(rows, ROWS)
+    slot_rows = held if tiles.order == "twins" else ROWS * tiles.cluster
     run = plgpu.kernel(
         functools.partial(
             _kernel,
             tiles=tiles,
-            rows=rows,
+            rows=held,
             heads=heads,
             tokens=tokens,
             rope=rope > 0,
@@ -194,23 +193,17 @@ def attend_pages_mosaic(
         ],
         grid=(workers,),
         grid_names=(GRID,),
-        **cluster,
+        **(cluster if tiles.cluster > 1 else {}),
         num_threads=len(_roles(tiles)),
         thread_name=THREAD,
-        scratch_types=[
-            shared(STAGES, 2, KEYS, half),
-            shared(STAGES, KEYS, BOX),
-            shared(2 * STAGES + 1, ROWS, tiled=False),
-            shared(2, ROWS, half),
-            *((shared(1, ROWS, BOX),) if rope else ()),
-            plgpu.Barrier(num_arrivals=3 if rope else 2),
-            plgpu.Barrier(num_arrivals=consumers),
-            plgpu.Barrier(num_barriers=2 * STAGES, num_arrivals=boxes),
-            plgpu.Barrier(num_barriers=STAGES, num_arrivals=boxes),
-            free,
-            plgpu.Barrier(num_barriers=STAGES),
-            plgpu.Barrier(num_barriers=STAGES, num_arrivals=consumers),
-        ],
+        scratch_types=scratch(
+            tiles,
+            rows=held,
+            latent=latent,
+            rope=rope > 0,
+            boxes=max(1, KEYS // ckv_cache.shape[1]),
+            dtype=dtype,
+        ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,

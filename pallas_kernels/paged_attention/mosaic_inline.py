@@ -40,12 +40,69 @@ def over_rows(v, shape: tuple[int, ...]):
     return lax.broadcast_in_dim(v, shape, [0])
 
 
-def rescale_if_needed(acc, keep):
-    """The arrays of acc times their rows' `keep`, in warps whose `keep` is not all 1: most is."""
+def over_columns(v, shape: tuple[int, ...]):
+    """v[column] over every row of `shape`."""
+    return lax.broadcast_in_dim(v, shape, [1])
+
+
+def over_keys(op: str, x, scratch):
+    """The "max" or "sum" of every column of x [64, columns], whose rows are all four warps'.
+
+    scratch: float32 [4 * columns] of this warpgroup's own, which no warp may still read. It may be
+    written again behind the next barrier.
+    """
+    columns = x.shape[1]
+    pairwise = {"max": arith.maximumf, "sum": arith.addf}[op]
+    layout = plgpu.Layout.WGMMA.reduce(0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((columns,), x.dtype, layout=layout),
+    )
+    def reduce(ctx, x, scratch):
+        del ctx
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+
+        def constant(number):
+            return arith.constant(i32, number)
+
+        def at(row, column):
+            place = arith.addi(arith.muli(row, constant(columns)), column)
+            return [arith.index_cast(index, place)]
+
+        thread = mgpu.thread_idx()
+        warp = arith.remui(arith.divui(thread, constant(32)), constant(4))
+        pair = arith.muli(arith.remui(thread, constant(4)), constant(2))
+        own = [pairwise(*halves) for halves in x.registers.reshape(-1, 2)]
+        for distance in (4, 8, 16):
+            own = [pairwise(o, mgpu.utils.shfl_bfly(o, distance)) for o in own]
+        places = [arith.addi(pair, constant(8 * i)) for i in range(len(own))]
+        for o, place in zip(own, places, strict=True):
+            vector.store(o, scratch, at(warp, place))
+        mgpu.warpgroup_barrier()
+        found = []
+        for o, place in zip(own, places, strict=True):
+            parts = [vector.load(o.type, scratch, at(constant(w), place)) for w in range(4)]
+            found.append(pairwise(pairwise(*parts[:2]), pairwise(*parts[2:])))
+        shape = layout.to_mgpu().registers_shape((columns,))
+        return mgpu.FragmentedArray(
+            _registers=np.array(found, dtype=object).reshape(shape),
+            _layout=layout.to_mgpu(),
+            _is_signed=None,
+        )
+
+    return reduce(x, scratch)
+
+
+def rescale_if_needed(acc, keep, axis: int = 0):
+    """The arrays of acc times `keep` of their rows (axis 0) or columns.
+
+    Skipped in warps whose `keep` is all 1: most is.
+    """
     shapes = [plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout=plgpu.Layout.WGMMA) for a in acc]
 
     @plgpu.inline_mgpu(
-        arg_types=(*(plgpu.Layout.WGMMA for _ in acc), plgpu.Layout.WGMMA.reduce(1)),
+        arg_types=(*(plgpu.Layout.WGMMA for _ in acc), plgpu.Layout.WGMMA.reduce(1 - axis)),
         return_type=shapes,
     )
     def rescale(ctx, *arrays):
@@ -64,7 +121,7 @@ def rescale_if_needed(acc, keep):
         registers = [register for a in acc for register in a.registers.flat]
         branch = scf.IfOp(anyone, [register.type for register in registers], has_else=True)
         with ir.InsertionPoint(branch.then_block):
-            scaled = [a * keep.broadcast_in_dim(a.shape, (0,), a.layout) for a in acc]
+            scaled = [a * keep.broadcast_in_dim(a.shape, (axis,), a.layout) for a in acc]
             scf.yield_([register for a in scaled for register in a.registers.flat])
         with ir.InsertionPoint(branch.else_block):
             scf.yield_(registers)

@@ -21,7 +21,7 @@ from pallas_kernels.exponential import NEG_INF
 from pallas_kernels.paged_attention.mosaic_block import GRID
 from pallas_kernels.paged_attention.tiles import DEFAULT_CORES
 
-BLOCKS_PER_CORE = 8
+BLOCKS_PER_CORE = 4
 FEWEST_COLUMNS = 128
 MANY_ROWS = 512
 """So many rows that one block a row fills the device."""

@@ -1,15 +1,75 @@
 """The producer warpgroup of the Mosaic GPU kernel: every copy from device to shared memory."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention.mosaic_block import KEYS, STAGES, Block
+from pallas_kernels.paged_attention.mosaic_block import KEYS, STAGES, STRIPE, Block
 
 
-def produce(c: Block):
+def _load_halves(c: Block, n, copy):
+    """Tile n, each half of its latent columns as soon as the consumer of that half is done."""
+    place = c.place(n)
+    for half in (0, 1):
+        _wait_for(c.free.at[2 * place + half], n >= STAGES)
+        columns = pl.ds(half * c.half, c.half)
+        copy(c.ckv, columns, c.k_s.at[place, half], c.full.at[2 * place + half])
+    if c.rope:
+        copy(c.kpe, slice(None), c.p_s.at[place], c.full_rope.at[place])
+
+
+def _load_stripes(c: Block, n, copy):
+    """Tile n, each stripe of its latent columns as soon as there is a place."""
+    for stripe in range(c.stripes):
+        place = c.stripe_place(n, stripe)
+        _wait_for(c.free.at[place], n * c.stripes + stripe >= c.k_s.shape[0])
+        columns = pl.ds(stripe * STRIPE, STRIPE)
+        copy(c.ckv, columns, c.k_s.at[place], c.full.at[place])
+    if c.rope:
+        place = c.rope_place(n)
+        _wait_for(c.free_rope.at[place], n >= c.rope_s.shape[0])
+        copy(c.kpe, slice(None), c.rope_s.at[place], c.full_rope.at[place])
+
+
+def _places_of_halves(c: Block, n):
+    return [(c.free.at[i], n > i // 2) for i in range(2 * STAGES)]
+
+
+def _places_of_stripes(c: Block, n):
+    found = [(c.free.at[i], n * c.stripes > i) for i in range(c.k_s.shape[0])]
+    if c.rope:
+        found += [(c.free_rope.at[i], n > i) for i in range(c.rope_s.shape[0])]
+    return found
+
+
+def _wait_for(barrier, used):
+    @pl.when(used)
+    def _():
+        with jax.named_scope("wait for a place"):
+            plgpu.barrier_wait(barrier)
+
+
+class Ring(NamedTuple):
+    """How shared memory holds tiles.
+
+    load(c, n, copy) loads tile n, with a function that copies columns of its pages; places(c, n)
+    lists each place's barrier, and whether one of the first n tiles was there.
+    """
+
+    load: Callable[[Block, Any, Callable], None]
+    places: Callable[[Block, Any], list[tuple[Any, Any]]]
+
+
+HALVES = Ring(_load_halves, _places_of_halves)
+STRIPES = Ring(_load_stripes, _places_of_stripes)
+
+
+def produce(c: Block, ring: Ring):
     """Keeps the ring full: of each segment the queries, then its tiles of keys."""
     num_pages, page_size, _ = c.refs["ckv"].shape
     boxes = max(1, KEYS // page_size)
@@ -34,40 +94,27 @@ def produce(c: Block):
                 plgpu.barrier_wait(c.q_free)
 
         at, rows = c.rows_of(segment), pl.ds(0, c.rows)
-        for half in (0, 1):
-            columns = pl.ds(half * c.half, c.half)
-            plgpu.copy_gmem_to_smem(c.q_nope.at[at, columns], c.q_s.at[half, rows], c.q_full)
+        count = c.q_s.shape[0]
+        width = c.q_nope.shape[-1] // count
+        for i in range(count):
+            columns = pl.ds(i * width, width)
+            plgpu.copy_gmem_to_smem(c.q_nope.at[at, columns], c.q_s.at[i, rows], c.q_full)
         if c.rope:
             plgpu.copy_gmem_to_smem(c.q_pe.at[at], c.q_rope_s.at[0, rows], c.q_full)
 
     def load_keys(found, n):
-        place = c.place(n)
         boxes = []
         for box, (page, row) in enumerate(found):
             rows = pl.ds(pl.multiple_of(row, KEYS), KEYS) if page_size > KEYS else slice(None)
             boxes.append((page, rows, pl.ds(box * per_box, per_box)))
-        for half in (0, 1):
 
-            @pl.when(n >= STAGES)
-            def _(half=half):
-                with jax.named_scope("wait for a place"):
-                    plgpu.barrier_wait(c.free.at[2 * place + half])
-
+        def copy(pool, columns, to, full):
             for page, rows, at in boxes:
                 plgpu.copy_gmem_to_smem(
-                    c.ckv.at[page, rows, pl.ds(half * c.half, c.half)],
-                    c.k_s.at[place, half, at],
-                    c.full.at[2 * place + half],
-                    collective_axes=c.axes,
+                    pool.at[page, rows, columns], to.at[at], full, collective_axes=c.axes
                 )
-        if c.rope:
-            for page, rows, at in boxes:
-                plgpu.copy_gmem_to_smem(
-                    c.kpe.at[page, rows, slice(None)],
-                    c.p_s.at[place, at],
-                    c.full_rope.at[place],
-                    collective_axes=c.axes,
-                )
+
+        ring.load(c, n, copy)
 
     def segment_body(segment, carry):
         n, done = carry
@@ -86,15 +133,7 @@ def produce(c: Block):
         return n, done + 1
 
     n, done = c.segments_of_worker(segment_body, (jnp.int32(0), jnp.int32(0)))
-
-    @pl.when(done > 0)
-    def _():
-        plgpu.barrier_wait(c.q_free)
-
-    # Nobody leaves while the other block of the cluster may still arrive at its barriers.
-    for place in range(STAGES):
-
-        @pl.when(n > place)
-        def _(place=place):
-            for half in (0, 1):
-                plgpu.barrier_wait(c.free.at[2 * place + half])
+    # Nobody leaves while the other block of a cluster may still arrive at its barriers.
+    _wait_for(c.q_free, done > 0)
+    for barrier, used in ring.places(c, n):
+        _wait_for(barrier, used)

@@ -23,9 +23,11 @@ from pallas_kernels.paged_decode.splits import fixed_splits
 from pallas_kernels.schedule import WorkerPlan, plan_workers, spread
 
 OLDEST_JAX = (0, 11)
-FEW_ROWS, FEW_REQUESTS = 16, 64
-"""Up to as many query rows of up to as many requests, Triton's kernel is faster: it starts sooner,
-and neither waits for the memory all the time."""
+TWINS_ROWS, TWINS_REQUESTS = 32, 64
+"""Up to as many query rows of up to as many requests stand on the products' N: a tile takes less
+time. More requests wait for memory, and twins, who both read every tile, take more power."""
+FEW_ROWS, FEW_REQUESTS = 16, 8
+"""Up to as many rows of up to as many requests, Triton's kernel is faster: it starts sooner."""
 
 
 def unsupported(problem: PagedProblem) -> str | None:
@@ -65,8 +67,10 @@ def outrun(problem: PagedProblem) -> str | None:
 def default_mosaic_tiles(problem: PagedProblem) -> MosaicTiles:
     """One block for up to 64 rows, whose keys nobody else reads; else clusters of two, with as many
     products as the tensor cores can take, for which the seesaw has the shorter way."""
-    many = problem.rows > ROWS
-    return MosaicTiles(cluster=2 if many else 1, seesaw=many)
+    if problem.rows > ROWS:
+        return MosaicTiles(cluster=2, order="seesaw")
+    few = problem.rows <= TWINS_ROWS and problem.batch <= TWINS_REQUESTS
+    return MosaicTiles(cluster=1, order="twins" if few else "line")
 
 
 def padded_rows(problem: PagedProblem, tiles: MosaicTiles) -> int:

@@ -42,7 +42,7 @@ def test_a_stage_within_a_stage(rng):
 
 
 def test_roles_of_both_schedules():
-    line, seesaw = (role_names(MosaicTiles(cluster=1, seesaw=s)) for s in (False, True))
+    line, seesaw = (role_names(MosaicTiles(cluster=1, order=o)) for o in ("line", "seesaw"))
     assert line == ("scores", "values 0", "values 1", "producer")
     assert seesaw == ("consumer 0", "consumer 1", "producer")
 

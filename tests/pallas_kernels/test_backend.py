@@ -167,11 +167,16 @@ class TestChoose:
 
 
 def problem(
-    heads: int = 16, latent: int = 512, rope: int = 64, page_size: int = 64, tokens: int = 1
+    heads: int = 16,
+    latent: int = 512,
+    rope: int = 64,
+    page_size: int = 64,
+    tokens: int = 1,
+    batch: int = 1,
 ) -> PagedProblem:
     return PagedProblem(
         op="paged_decode",
-        batch=1,
+        batch=batch,
         tokens=tokens,
         heads=heads,
         latent=latent,
@@ -274,14 +279,26 @@ class TestMosaicDecode:
         assert said.startswith(f"jax is {jax.__version__}, Mosaic GPU's copies")
 
     def test_outrun(self):
-        """Up to FEW_ROWS rows of a request: heads times query tokens."""
-        few = mosaic_gpu.FEW_ROWS
-        for heads, tokens in ((1, 1), (few, 1), (few // 8, 8)):
-            said = mosaic_gpu.outrun(problem(heads=heads, tokens=tokens))
+        """A few rows, heads times query tokens, of a few requests."""
+        few, requests = mosaic_gpu.FEW_ROWS, mosaic_gpu.FEW_REQUESTS
+        for heads, tokens, batch in ((1, 1, 1), (few, 1, requests), (few // 8, 8, 2)):
+            said = mosaic_gpu.outrun(problem(heads=heads, tokens=tokens, batch=batch))
             assert said is not None
-            assert said.startswith(f"{heads * tokens} query rows")
-        for heads, tokens in ((few + 1, 1), (128, 1), (few // 8 + 1, 8), (few, 2)):
-            assert mosaic_gpu.outrun(problem(heads=heads, tokens=tokens)) is None
+            assert said.startswith(f"{batch} requests of {heads * tokens} query rows")
+        for heads, tokens, batch in ((few + 1, 1, 1), (few, 2, 1), (1, 1, requests + 1)):
+            assert mosaic_gpu.outrun(problem(heads=heads, tokens=tokens, batch=batch)) is None
+
+    def test_order(self):
+        few, requests = mosaic_gpu.TWINS_ROWS, mosaic_gpu.TWINS_REQUESTS
+        for heads, batch, want in (
+            (few, requests, "twins"),
+            (few + 1, requests, "line"),
+            (few, requests + 1, "line"),
+            (64, 1, "line"),
+            (65, 1, "seesaw"),
+        ):
+            tiles = mosaic_gpu.default_mosaic_tiles(problem(heads=heads, batch=batch))
+            assert (tiles.order, tiles.cluster) == (want, 2 if want == "seesaw" else 1)
 
     def test_choice(self):
         for heads, want in ((16, "triton"), (128, "mosaic_gpu" if MOSAIC_GPU else "triton")):

@@ -41,7 +41,7 @@ class TestTritonInterpreted(KernelSuite):
 
 @needs_mosaic_gpu
 class TestMosaicInterpreted(KernelSuite):
-    """A block of up to 64 rows, and, beyond, clusters of two blocks; no race in any call."""
+    """Twins for few rows, a line for up to 64, clusters of two beyond; no race in any call."""
 
     backend = "mosaic_gpu"
 
@@ -88,7 +88,7 @@ class TestMosaicInterpreted(KernelSuite):
         plan = jax.jit(plan_workers, static_argnums=1)(steps, workers)
         return np.diff(np.asarray(plan.first)).tolist(), plan.split.parts.tolist()
 
-    @pytest.mark.parametrize(("heads", "workers"), [(8, 4), (128, 2)])
+    @pytest.mark.parametrize(("heads", "workers"), [(8, 4), (40, 4), (128, 2)])
     def test_several_segments_of_a_worker(self, rng, monkeypatch, heads, workers):
         """The next segment's queries and keys load while the last one computes; some are empty,
         and some have an odd number of tiles."""
@@ -132,12 +132,17 @@ class TestMosaicInterpreted(KernelSuite):
             jax.grad(loss)(case.q_nope)
         loss(case.q_nope)  # it is the gradient that is refused
 
+    def test_few_rows_of_many_requests(self, rng):
+        """The line, as for 64 rows."""
+        lengths = rng.integers(0, 90, mosaic_gpu.TWINS_REQUESTS + 1)
+        self.check(self.make(rng, lengths=lengths, page_size=16, heads=3), num_splits=None)
+
     def test_several_tiles_of_rows(self, rng):
         """A request's rows in three clusters, the last of them short, each split or not."""
         case = self.make(rng, lengths=(400, 129), page_size=64, heads=100, tokens=3)
         self.check(case, num_splits=None)
 
-    @pytest.mark.parametrize("heads", [8, 128])
+    @pytest.mark.parametrize("heads", [8, 40, 128])
     def test_tiles_of_keys(self, rng, heads):
         """Each number of tiles, odd ones too, with a full last one, a short one, and one key."""
         sizes = {"page_size": 64, "heads": heads, "num_pages": 18, "num_ids": 30}

@@ -1,0 +1,231 @@
+"""The consumers of the twins: few rows, which stand on the products' N.
+
+Legend: s scores, p probabilities, m running maximum, l running sums of exponentials, all in base 2,
+keys by rows; acc the sums of latents so far, latent columns by rows, relative to m.
+"""
+
+# The stubs of Pallas' decorators and of its accumulators say less than is there.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.exponential import LOG2_E
+from pallas_kernels.paged_attention.mosaic_block import (
+    BOX,
+    GROWTH,
+    KEYS,
+    LOWEST,
+    STRIPE,
+    Block,
+)
+from pallas_kernels.paged_attention.mosaic_inline import (
+    over_columns,
+    over_keys,
+    rescale_if_needed,
+    synchronize,
+)
+from pallas_kernels.paged_attention.mosaic_tile import always_zero, close
+from pallas_kernels.paged_attention.units import Segment
+
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
+
+
+class _Piece(NamedTuple):
+    """Columns of a stripe that are this consumer's to sum."""
+
+    stripe: int
+    first: int
+    width: int
+
+
+def _pieces(c: Block, w: int) -> list[_Piece]:
+    """Half w of the latent columns, by stripes."""
+    found, at, end = [], w * c.half, (w + 1) * c.half
+    while at < end:
+        stripe, first = divmod(at, STRIPE)
+        width = min(STRIPE - first, end - at)
+        found.append(_Piece(stripe, first, width))
+        at += width
+    return found
+
+
+def consume_alone(c: Block, w: int):
+    """Half w of the output's columns, from scores of its own: nothing waits for the other one."""
+    dtype = c.refs["q_nope"].dtype
+    scale = c.scale[0] * LOG2_E
+    pieces = _pieces(c, w)
+    others = sorted(set(range(c.stripes)) - {piece.stripe for piece in pieces})
+
+    def scores(n, z):
+        def products(acc):
+            for stripe in range(c.stripes):
+                place = c.stripe_place(n, stripe)
+                with jax.named_scope("wait for keys"):
+                    plgpu.barrier_wait(c.full.at[place])
+                plgpu.wgmma(acc, c.k_s.at[place], c.q_s.at[stripe + z].transpose((1, 0)))
+            if c.rope:
+                place = c.rope_place(n)
+                with jax.named_scope("wait for keys"):
+                    plgpu.barrier_wait(c.full_rope.at[place])
+                plgpu.wgmma(acc, c.rope_s.at[place], c.q_rope_s.at[z].transpose((1, 0)))
+            with jax.named_scope("scores"):
+                return acc[...]
+
+        return pl.run_scoped(products, plgpu.ACC((KEYS, c.rows), jnp.float32)) * scale
+
+    def give_back(n, stripes):
+        for stripe in stripes:
+            plgpu.barrier_arrive(c.free.at[c.stripe_place(n, stripe)])
+
+    def product(ref, piece, place):
+        """Adds the products of a piece's latents, transposed, and the probabilities."""
+        latents = c.k_s.at[place, :, pl.ds(piece.first, piece.width)]
+        plgpu.wgmma(ref, latents.transpose((1, 0)), c.p_s.at[w].transpose((1, 0)))
+
+    def add_values(acc, n):
+        places = [c.stripe_place(n, piece.stripe) for piece in pieces]
+        if c.interpret:
+            # The interpreter has no accumulators with a value.
+            def alone(ref, piece, place):
+                product(ref, piece, place)
+                return ref[...]
+
+            found = []
+            for a, piece, place in zip(acc, pieces, places, strict=True):
+                one = functools.partial(alone, piece=piece, place=place)
+                found.append(a + pl.run_scoped(one, plgpu.ACC(a.shape, jnp.float32)))
+            return found
+
+        def accumulate(refs):
+            for ref, piece, place in zip(refs, pieces, places, strict=True):
+                product(ref, piece, place)
+
+        return pl.run_state(accumulate)([plgpu.ACC.init(a) for a in acc])
+
+    def rescale(acc, keep):
+        if c.interpret:
+            return [a * over_columns(keep, a.shape) for a in acc]
+        return rescale_if_needed(acc, keep, axis=1)
+
+    def segment_body(segment, n):
+        limit = _limits(c, segment)
+        plgpu.barrier_wait(c.q_full)
+
+        def tile(i, carry):
+            acc, m, l, n = carry
+            s = _hide(c, scores(n, always_zero(i)), i, segment, limit)
+            if c.rope:
+                plgpu.barrier_arrive(c.free_rope.at[c.rope_place(n)])
+            _clear_unused(c, i, segment, n, pieces)
+            give_back(n, others)
+            with jax.named_scope("softmax"):
+                top = _over_keys(c, "max", s, w)
+                new_m = jnp.where(top > m + GROWTH, top, m)
+                p = jnp.exp2(s - over_columns(new_m, s.shape))
+            keep = jnp.exp2(m - new_m)
+            # Every warp has used the last tile's probabilities: all have met for the maximum.
+            p_t = plgpu.layout_cast(p.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            c.p_s.at[w].transpose((1, 0))[...] = p_t
+            plgpu.commit_smem()
+            l = l * over_columns(keep, l.shape) + p
+            with jax.named_scope("values"):
+                acc = add_values(rescale(acc, keep), n)
+            give_back(n, sorted({piece.stripe for piece in pieces}))
+            return acc, new_m, l, n + 1
+
+        start = (
+            [_full((piece.width, c.rows), 0) for piece in pieces],
+            plgpu.layout_cast(jnp.full((c.rows,), LOWEST, jnp.float32), ROW_LAYOUT),
+            _full((KEYS, c.rows), 0),
+            n,
+        )
+        acc, m, l, n = lax.fori_loop(segment.begin, segment.end, tile, start)
+        plgpu.barrier_arrive(c.q_free)
+        _finish(c, w, segment, pieces, acc, m, _over_keys(c, "sum", l, w))
+        return n
+
+    c.segments_of_worker(segment_body, jnp.int32(0))
+
+
+def _full(shape, value):
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _over_keys(c: Block, op: str, x, w: int):
+    if c.interpret:
+        return {"max": jnp.max, "sum": jnp.sum}[op](x, axis=0)
+    return over_keys(op, x, c.top_s.at[w])
+
+
+def _limits(c: Block, segment: Segment):
+    """How many keys each row sees."""
+    if c.tokens == 1:
+        return segment.length
+    row = plgpu.broadcasted_iota(jnp.int32, (c.rows,), 0, layout=ROW_LAYOUT)
+    return jnp.minimum(segment.seen + lax.div(row, jnp.int32(c.heads)), segment.length)
+
+
+def _hide(c: Block, s, tile, segment: Segment, limit):
+    """Scores of keys that a row does not see become the lowest."""
+    first = tile * KEYS
+
+    def hidden(s):
+        key = first + plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA)
+        bound = limit if c.tokens == 1 else over_columns(limit, s.shape)
+        return jnp.where(key < bound, s, LOWEST)
+
+    return lax.cond(first + KEYS > segment.seen, hidden, lambda s: s, s)
+
+
+def _clear_unused(c: Block, tile, segment: Segment, n, pieces: list[_Piece]):
+    """Slots behind the request's last token may hold NaN, which 0 does not silence."""
+    valid = segment.length - tile * KEYS
+
+    @pl.when(valid < KEYS)
+    def _():
+        # The other one scores these columns, too.
+        plgpu.barrier_arrive(c.met)
+        plgpu.barrier_wait(c.met)
+        key = plgpu.broadcasted_iota(jnp.int32, (KEYS, BOX), 0, layout=plgpu.Layout.WGMMA)
+        for piece in pieces:
+            for box in range(0, piece.width, BOX):
+                columns = pl.ds(piece.first + box, BOX)
+                ref = c.k_s.at[c.stripe_place(n, piece.stripe), :, columns]
+                values = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
+                ref[...] = jnp.where(key < valid, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+
+def _finish(c: Block, w: int, segment: Segment, pieces: list[_Piece], acc, m, l):
+    """The result, or this part of it, into device memory."""
+    factor, lse = close(m, l)
+    acc = [a * over_columns(factor, a.shape) for a in acc]
+
+    def store(ref, rows, dtype):
+        for a, piece in zip(acc, pieces, strict=True):
+            columns = pl.ds(piece.stripe * STRIPE + piece.first, piece.width)
+            a_t = plgpu.layout_cast(a.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            ref.at[rows, columns].transpose((1, 0))[...] = a_t
+
+    @pl.when(segment.slot < 0)
+    def _():
+        rows = c.rows_of(segment)
+        store(c.out, rows, c.out.dtype)
+        if w == 0:
+            c.lse.at[rows][...] = lse
+
+    @pl.when(segment.slot >= 0)
+    def _():
+        store(c.part.at[segment.slot], pl.ds(0, c.rows), jnp.float32)
+        if w == 0:
+            c.part_lse.at[segment.slot, pl.ds(0, c.rows)][...] = lse
+
+    # The next maximum is taken where these sums were.
+    plgpu.commit_smem() if c.interpret else synchronize()
