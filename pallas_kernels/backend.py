@@ -34,7 +34,7 @@ def needs_gpu(device: Device) -> str | None:
 
 # Every name that some operation uses. A name outside it is a typing error of the caller's; a name
 # in it that an operation lacks is something that this operation cannot do.
-KNOWN = ("mosaic_gpu", "triton", "reference")
+KNOWN = ("mosaic_gpu", "megakernel", "triton", "reference")
 
 
 def check_name(name: str | None) -> None:

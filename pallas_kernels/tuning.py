@@ -10,7 +10,7 @@ from pallas_kernels.device import Device
 
 Entry = dict[str, Any]
 FOLDER = Path(__file__).with_name("tuned")
-FOUND = ("tiles", "us", "default_us")
+FOUND = ("tiles", "costs", "us", "default_us")
 """What an entry says of its key, which is all of its other fields."""
 
 
@@ -34,12 +34,12 @@ def _table(name: str) -> list[Entry]:
     return read_table(FOLDER / name)
 
 
-def tuned(op: str, device: Device, **key: Any) -> dict[str, Any] | None:
-    """The tiles measured best for `op` at exactly `key` on `device`; None if nobody measured."""
+def tuned(op: str, device: Device, found: str = "tiles", **key: Any) -> dict[str, Any] | None:
+    """The tiles (or costs) measured for `op` at exactly `key` on `device`; None if none were."""
     wanted = {"op": op, **key}
     for entry in _table(table_name(device.kind)):
         if all(entry.get(name) == value for name, value in wanted.items()):
-            return entry["tiles"]
+            return entry[found]
     return None
 
 

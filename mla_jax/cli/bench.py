@@ -1,8 +1,9 @@
 """`mla-jax bench`: measure on the present device, and write a results file."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 PAGED = """\
 Times paged decode attention beside its peers, at DeepSeek's widths in bfloat16: 20 calls in one
@@ -19,6 +20,25 @@ backward, at DeepSeek's widths, and the absorbed form over pages.
 
 cudnn is JAX's own call of cuDNN, with padded values; xla is attention without a kernel, where its
 scores fit; reference is our own in plain JAX, a block of scores at a time."""
+
+
+SPARSE = """\
+Times token-sparse decode attention at DeepSeek's widths, over a cache in bfloat16 and in fp8 of 656
+bytes a token.
+
+flash-mla is FlashMLA's sparse kernel over the fp8 cache, as in `bench paged`; reference is our own
+in plain JAX, which gathers the listed tokens."""
+
+
+MEGAKERNEL = """\
+Times decoding by a schedule, in bfloat16 with 16 and 8 heads: one launch (megakernel), one with a
+global queue (megakernel-global), a launch for each level (triton), beside our split-KV decode and
+the peers of `bench paged`. makespan_us is what the schedule's cost model promises."""
+
+
+FP8 = """\
+Times paged decode attention over float8_e4m3fn caches, of 656 bytes a token (layout slot) and 576
+(tensor), beside ours and FlashMLA's over the same tokens in bfloat16; as `bench paged`."""
 
 
 def positive_integers(text: str) -> list[int]:
@@ -61,7 +81,9 @@ def add_parser(subparsers) -> None:
         action="store_true",
         help="time the mode whose results do not depend on the rest of the batch",
     )
-    paged.add_argument("--plot", type=Path, metavar="FILE", help="draw the results here, an SVG")
+    paged.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the results here, .svg or .png"
+    )
     paged.add_argument(
         "--profile",
         type=Path,
@@ -76,12 +98,54 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     prefill.set_defaults(run=run_prefill)
+    sparse = kinds.add_parser(
+        "sparse",
+        help="token-sparse decode attention beside FlashMLA's fp8 kernel",
+        description=SPARSE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sparse.set_defaults(run=run_sparse)
+    fp8 = kinds.add_parser(
+        "fp8",
+        help="paged decode attention over fp8 caches beside bfloat16 ones",
+        description=FP8,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    fp8.set_defaults(run=run_fp8)
     schedules = kinds.add_parser(
         "schedule", help="make the megakernel's schedules (on the host), and draw one"
     )
     schedules.add_argument("--picture", metavar="NAME", help="print this shape's timeline")
     schedules.set_defaults(run=run_schedule)
-    for kind, example in ((paged, "B128-h16-s4096"), (prefill, "h16-t8192")):
+    megakernel = kinds.add_parser(
+        "megakernel",
+        help="decode by a schedule beside split-KV decode and FlashMLA",
+        description=MEGAKERNEL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    megakernel.set_defaults(run=run_megakernel)
+    report = kinds.add_parser(
+        "report", help="the tables of results files as Markdown, or those of a document anew"
+    )
+    report.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="(default: those of the package)"
+    )
+    report.add_argument(
+        "--update",
+        type=Path,
+        metavar="FILE",
+        help="a Markdown document: every row of its tables of results as the files have it",
+    )
+    report.set_defaults(run=run_report)
+    megakernel.add_argument(
+        "--against", type=names, metavar="NAME,NAME", help="as of `bench paged`"
+    )
+    examples = {
+        **{paged: "B128-h16-s4096", prefill: "h16-t8192", sparse: "B128-h128-k2048"},
+        fp8: "B128-h16-s8192",
+        megakernel: "B1-s65536-n1",
+    }
+    for kind, example in examples.items():
         kind.add_argument(
             "--shapes",
             type=names,
@@ -90,7 +154,7 @@ def add_parser(subparsers) -> None:
             help=f"by name, such as {example} (default: all; a wrong name lists them)",
         )
         kind.add_argument("--backend", metavar="NAME", help="of ours (default: fastest)")
-    for kind in (step, paged, prefill, schedules):
+    for kind in (step, paged, prefill, sparse, fp8, schedules, megakernel):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
 
 
@@ -99,43 +163,67 @@ def _check_folder(name: str, path: Path | None) -> None:
         raise ValueError(f"{name}: {path.parent} is not a folder")
 
 
-def _report(row: dict) -> None:
+def _line(row: dict) -> str:
     """One row, on one line."""
-    from rich.console import Console
-
     numbers = (
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in row.items()
         if key not in ("op", "shape")
     )
-    line = f"{row['op']:12} {row['shape']:28} {'  '.join(numbers)}"
-    Console().print(line, soft_wrap=True, highlight=False)
+    return f"{row['op']:12} {row['shape']:28} {'  '.join(numbers)}"
 
 
-def _record(measured: Iterable[dict], ceilings: dict[str, float], path: Path | None) -> list[dict]:
-    """Report rows as they come, and write all so far: what is measured stays, whatever comes."""
+def _record(jobs: Sequence[Iterable[dict]], path: Path | None, **extra: Any) -> list[dict]:
+    """Show rows as jobs measure them, below a bar of the jobs that are done.
+
+    After each row all so far are written, marked as partial until the last: what is measured stays,
+    whatever comes. extra: what the file holds besides.
+    """
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
     from mla_jax.bench import results
 
+    console = Console()
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[dict] = []
-    for row in measured:
-        rows.append(row)
-        _report(row)
-        if path is not None:
-            results.write(path, rows, ceilings=ceilings)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        for job in progress.track(jobs, description="measuring"):
+            for row in job:
+                rows.append(row)
+                console.print(_line(row), soft_wrap=True, highlight=False, markup=False)
+                if path is not None:
+                    results.write(path, rows, **extra, partial=True)
+    if path is not None:
+        results.write(path, rows, **extra)
     return rows
 
 
 def run_decode_step(args: argparse.Namespace) -> int:
-    from mla_jax.bench import decode_step, results
+    from mla_jax.bench import decode_step, timing
     from mla_jax.cli import find_preset
 
     config = find_preset(args.preset)
     if args.length < 1:
         raise ValueError(f"length: got {args.length}, expected at least 1")
     _check_folder("json", args.json)
-    ceilings, rows = decode_step.run(config, args.batch, args.length, _report)
-    if args.json is not None:
-        results.write(args.json, rows, preset=args.preset, ceilings=ceilings)
+    ceilings = timing.measure_ceilings()
+    jobs = decode_step.run(config, args.batch, args.length, ceilings["bandwidth_gb_s"])
+    _record(jobs, args.json, preset=args.preset, ceilings=ceilings)
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from mla_jax.bench import report
+
+    if args.update is not None:
+        args.update.write_text(report.updated(args.update.read_text()))
+        return 0
+    sources = args.files or report.names()
+    documents = {Path(source).stem: report.read(source) for source in sources}
+    print("\n".join(report.markdown(*named) for named in documents.items()))
     return 0
 
 
@@ -153,7 +241,20 @@ def run_schedule(args: argparse.Namespace) -> int:
         plan = schedules.schedule(*schedules.SHAPES[args.picture])
         Console().print(schedules.picture(plan), soft_wrap=True)
         return 0
-    _record(schedules.run(), {}, args.json)
+    _record([schedules.run()], args.json, ceilings={})
+    return 0
+
+
+def run_megakernel(args: argparse.Namespace) -> int:
+    from mla_jax.bench import megakernel, peers, timing
+
+    shapes = megakernel.find_shapes(None if args.shapes == ["all"] else args.shapes)
+    ways = megakernel.find_ways(None if args.backend is None else names(args.backend))
+    against = peers.find_peers(args.against)
+    _check_folder("json", args.json)
+    ceilings = timing.measure_ceilings()
+    jobs = [megakernel.bench_shape(shape, ways, against, ceilings) for shape in shapes]
+    _record(jobs, args.json, ceilings=ceilings)
     return 0
 
 
@@ -175,15 +276,11 @@ def run_paged(args: argparse.Namespace) -> int:
     ceilings = timing.measure_ceilings()
     options = {"backend": args.backend, "deterministic": args.deterministic}
     programs = paged.compile_ahead(shapes, **options)
-    rows = _record(
-        (
-            row
-            for shape in shapes
-            for row in paged.bench_shape(shape, against, ceilings, **options, programs=programs)
-        ),
-        ceilings,
-        args.json,
-    )
+    jobs = [
+        paged.bench_shape(shape, against, ceilings, **options, programs=programs)
+        for shape in shapes
+    ]
+    rows = _record(jobs, args.json, ceilings=ceilings)
     means = paged.geometric_means(rows)
     for peer, mean in means.items():
         print(f"geometric mean of the ratios to {peer}: {mean:.3f}")
@@ -216,21 +313,33 @@ def _profile(shapes: Iterable, folder: Path) -> int:
 
 
 def run_prefill(args: argparse.Namespace) -> int:
-    from mla_jax.bench import prefill, timing
+    from mla_jax.bench import prefill
 
-    shapes = prefill.find_shapes(None if args.shapes == ["all"] else args.shapes)
+    return _run_shapes(prefill, args)
+
+
+def run_sparse(args: argparse.Namespace) -> int:
+    from mla_jax.bench import sparse
+
+    return _run_shapes(sparse, args)
+
+
+def run_fp8(args: argparse.Namespace) -> int:
+    from mla_jax.bench import fp8
+
+    return _run_shapes(fp8, args)
+
+
+def _run_shapes(benchmark: Any, args: argparse.Namespace) -> int:
+    """Every shape of a benchmark's module, mistakes first."""
+    from mla_jax.bench import timing
+
+    shapes = benchmark.find_shapes(None if args.shapes == ["all"] else args.shapes)
     for shape in shapes:
-        prefill.backend_for(shape, args.backend)
+        benchmark.backend_for(shape, args.backend)
     _check_folder("json", args.json)
 
     ceilings = timing.measure_ceilings()
-    _record(
-        (
-            row
-            for shape in shapes
-            for row in prefill.bench_shape(shape, ceilings, backend=args.backend)
-        ),
-        ceilings,
-        args.json,
-    )
+    jobs = [benchmark.bench_shape(shape, ceilings, backend=args.backend) for shape in shapes]
+    _record(jobs, args.json, ceilings=ceilings)
     return 0

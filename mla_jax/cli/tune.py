@@ -10,7 +10,11 @@ OPS = ("paged_decode", "paged_prefill", "causal_prefill")
 DESCRIPTION = """\
 Times a few tiles for each combination of heads, query tokens and page size, at DeepSeek's widths,
 and keeps the fastest in this device's table, which the kernels read. A combination that has an
-entry gets a new one; the others stay. Tiles that do not run here are named and skipped."""
+entry gets a new one; the others stay. Tiles that do not run here are named and skipped.
+
+megakernel, instead, finds the tiles of the one launch that decodes by a schedule, for each number
+of query rows (of 16 and 8 heads); then, by launches of hand-made schedules, what its instructions
+cost, and `schedule` goes by that."""
 
 
 def add_parser(subparsers) -> None:
@@ -19,6 +23,9 @@ def add_parser(subparsers) -> None:
         help="find this GPU's fastest tiles",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "what", nargs="?", choices=("tiles", "megakernel"), default="tiles", help="(default: tiles)"
     )
     p.add_argument("--ops", type=names, default=list(OPS), metavar="NAME,…", help=", ".join(OPS))
     p.add_argument("--heads", type=positive_integers, default=[8, 16, 32, 64, 128], metavar="N,N,…")
@@ -76,19 +83,58 @@ def _targets(args: argparse.Namespace, device) -> list:
     return targets
 
 
-def _line(tiles: dict[str, int]) -> str:
-    return " ".join(f"{name} {value}" for name, value in tiles.items())
+def _line(values: dict) -> str:
+    return " ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+    )
 
 
-def run(args: argparse.Namespace) -> int:
+def _tune_megakernel(tokens: list[int], processors: int, path: Path, console) -> None:
+    from mla_jax.bench import costs, results
+    from pallas_kernels import tuning
+    from pallas_kernels.schedule.instructions.words import QUERY_TOKENS
+
+    groups = {min(count, QUERY_TOKENS) * heads: heads for count in tokens for heads in (16, 8)}
+    for rows, heads in sorted(groups.items()):
+        _tune_tiles(costs.tiles_target(tokens=rows // heads, heads=heads), path, console)
+        entry, times = costs.measure_costs(rows // heads, heads, processors)
+        tuning.record(path, entry, results.header())
+        line = f"{entry['op']} rows {rows}: {_line(entry['costs'])}"
+        console.print(line, soft_wrap=True, highlight=False)
+        for experiment, measured, promised in times:
+            words = _line(experiment._asdict())
+            line = f"  {words}: {measured:.4g} us, the model says {promised:.4g}"
+            console.print(line, soft_wrap=True, highlight=False)
+
+
+def _tune_tiles(target, path: Path, console) -> None:
     import dataclasses
-
-    from rich.console import Console
 
     from mla_jax.bench import results, tune
     from pallas_kernels import tuning
+
+    entry, skipped = tune.measure(target)
+    tuning.record(path, entry, results.header())  # what is measured stays, whatever comes
+    key = " ".join(f"{name} {value}" for name, value in target.key.items() if name != "op")
+    console.print(
+        f"{target.key['op']:14} {key}: {entry['us']:.4g} us, default {entry['default_us']:.4g}"
+        f" us, {_line(entry['tiles'])}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for tiles, reason in skipped.items():
+        words = f"  skipped {_line(dataclasses.asdict(tiles))}: {reason}"
+        console.print(words, soft_wrap=True, highlight=False, markup=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pallas_kernels import tuning
     from pallas_kernels.backend import needs_gpu
     from pallas_kernels.device import current_device
+    from pallas_kernels.paged_attention.tiles import DEFAULT_CORES
 
     _check(args)
     device = current_device()
@@ -98,17 +144,9 @@ def run(args: argparse.Namespace) -> int:
     tuning.read_table(path)  # before measuring: whether it is one
 
     console = Console()
+    if args.what == "megakernel":
+        _tune_megakernel(args.tokens, device.num_cores or DEFAULT_CORES, path, console)
+        return 0
     for target in _targets(args, device):
-        entry, skipped = tune.measure(target)
-        tuning.record(path, entry, results.header())  # what is measured stays, whatever comes
-        key = " ".join(f"{name} {value}" for name, value in target.key.items() if name != "op")
-        console.print(
-            f"{target.key['op']:14} {key}: {entry['us']:.4g} us, default {entry['default_us']:.4g}"
-            f" us, {_line(entry['tiles'])}",
-            soft_wrap=True,
-            highlight=False,
-        )
-        for tiles, reason in skipped.items():
-            words = f"  skipped {_line(dataclasses.asdict(tiles))}: {reason}"
-            console.print(words, soft_wrap=True, highlight=False, markup=False)
+        _tune_tiles(target, path, console)
     return 0

@@ -1,5 +1,8 @@
 """The one entry of decode attention by a schedule."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -7,17 +10,80 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import Backend, choose, needs_gpu
 from pallas_kernels.checks import FLOATS
+from pallas_kernels.device import current_device
+from pallas_kernels.megakernel.persistent import run_persistent
 from pallas_kernels.megakernel.program import planned_lengths, read_program
 from pallas_kernels.megakernel.reference import run_reference
+from pallas_kernels.megakernel.signals import signal_words
 from pallas_kernels.megakernel.triton import run_triton
 from pallas_kernels.schedule import Schedule
 
 ROPE, LATENT, PAGE = 64, 512, 256
 
+QUEUES = ("processors", "global")
+
+
+class Call(NamedTuple):
+    """What decides whether a backend can run a call."""
+
+    processors: int
+    queue: str
+    interpret: bool
+
+
+def _crowded(call: Call) -> str | None:
+    """Why a processor might wait for one that cannot run beside it; None if none might."""
+    if call.queue == "global":
+        return None
+    advice = 'use queue="global"'
+    if call.interpret and call.processors > 1:
+        return f"the interpreter runs processors one after the other, which wait: {advice}"
+    cores = current_device().num_cores
+    if cores is not None and call.processors > cores:
+        return (
+            f"the schedule has {call.processors} processors, which must run at a time, and the "
+            f"device {cores} cores: {advice}"
+        )
+    return None
+
+
+def _queueless(call: Call) -> str | None:
+    if call.queue == "global":
+        return "it runs a level of reductions after the other and has no queue"
+    return None
+
+
+def _by_level(run: Callable[..., Array]) -> Callable[..., tuple[Array, Array | None]]:
+    """A backend of one launch from one that takes a program, and knows no signals or queues."""
+
+    def run_levels(
+        schedule: Schedule,
+        lengths: Array | None,
+        signals: Array | None,
+        *arrays: Array,
+        queue: str,
+        **options: Any,
+    ) -> tuple[Array, Array | None]:
+        out = run(read_program(schedule, lengths), *arrays, **options)
+        if lengths is None:
+            return out, signals
+        # Keys that no instruction reads would go missing without a word.
+        outgrown = lengths > planned_lengths(schedule)
+        out = jnp.where(outgrown[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
+        return out, signals
+
+    return run_levels
+
+
 # Fastest first.
 BACKENDS = (
-    Backend(name="triton", run=run_triton, unfit=needs_gpu),
-    Backend(name="reference", run=lambda program, *args, interpret: run_reference(program, *args)),
+    Backend(name="megakernel", run=run_persistent, unsupported=_crowded, unfit=needs_gpu),
+    Backend(name="triton", run=_by_level(run_triton), unsupported=_queueless, unfit=needs_gpu),
+    Backend(
+        name="reference",
+        run=_by_level(lambda program, *args, interpret: run_reference(program, *args)),
+        unsupported=_queueless,
+    ),
 )
 
 
@@ -79,6 +145,17 @@ def _check_ints(schedule: Schedule, table: Array, lengths: Array | None, pages: 
         raise ValueError(f"table: got pages {ids.min()} to {ids.max()}, expected 0 to {pages - 1}")
 
 
+def _check_signals(schedule: Schedule, signals: Array | None) -> None:
+    if signals is None:
+        return
+    words = signal_words(schedule)
+    if signals.shape != (words,) or signals.dtype != jnp.int32:
+        raise ValueError(
+            f"signals: got {signals.dtype}{list(signals.shape)}, expected int32[{words}], "
+            "make_signals of this schedule"
+        )
+
+
 def decode_by_schedule(
     schedule: Schedule,
     q_rot: Float[Array, "batch tokens heads 64"],
@@ -89,22 +166,27 @@ def decode_by_schedule(
     scale: float | Float[Array, ""],
     *,
     lengths: Int[Array, " batch"] | None = None,
+    signals: Int[Array, " words"] | None = None,
+    queue: str = "processors",
     backend: str | None = None,
     interpret: bool = False,
-) -> Float[Array, "batch tokens heads 512"]:
-    """Attention of each sequence's last tokens over its pages, as the schedule's table says.
+) -> tuple[Float[Array, "batch tokens heads 512"], Int[Array, " words"] | None]:
+    """(attention of each sequence's last tokens over its pages, signals for the next launch).
 
-    Sizes and errors as in `mla_jax.megakernel.mla_decode`.
+    Sizes and errors as in `mla_jax.megakernel.mla_decode`. signals: those of `make_signals`, or of
+    the launch before; backends other than the one launch give them back as they are.
     """
     arrays = {"q_rot": q_rot, "q_v": q_v, "k_rot": k_rot, "v": v}
     _check_arrays(schedule, arrays, table)
     _check_ints(schedule, table, lengths, v.shape[0])
-    chosen = choose("mla_decode", BACKENDS, schedule, backend)
+    _check_signals(schedule, signals)
+    if queue not in QUEUES:
+        raise ValueError(f"queue: got {queue!r}, expected one of {', '.join(QUEUES)}")
+    call = Call(schedule.instructions.shape[0], queue, interpret)
+    chosen = choose("mla_decode", BACKENDS, call, backend)
     scale = jnp.asarray(scale, jnp.float32)
-    program = read_program(schedule, lengths)
-    out = chosen.run(program, *arrays.values(), table, scale, interpret=interpret)
-    if lengths is None:
-        return out
-    # Keys that no instruction reads would go missing without a word.
-    outgrown = lengths > planned_lengths(schedule)
-    return jnp.where(outgrown[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
+    return chosen.run(
+        *(schedule, lengths, signals, *arrays.values(), table, scale),
+        queue=queue,
+        interpret=interpret,
+    )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.schedule import Schedule
-from pallas_kernels.schedule.arrays import positions
+from pallas_kernels.schedule.arrays import positions, sorted_by
 from pallas_kernels.schedule.instructions.words import (
     FIRST_DEPENDENCY,
     MOST_DEPENDENCIES,
@@ -118,3 +118,20 @@ def token_groups(new_tokens: int) -> tuple[int, int]:
     """(groups, query tokens of each) into which partials cut a sequence's query tokens."""
     size = min(new_tokens, QUERY_TOKENS)
     return -(-new_tokens // size), size
+
+
+def global_order(schedule: Schedule) -> Int[Array, " instructions"]:
+    """The table's rows as one queue, in which no instruction depends on a later one.
+
+    Partials, the longest first, then reductions by level, then no-ops.
+    """
+    assert schedule.bounds is not None
+    words = jnp.asarray(schedule.instructions).reshape(-1, WORDS)
+    op = words[:, 0]
+    last = jnp.iinfo(jnp.int32).max
+    key = jnp.where(op == PARTIAL, words[:, 6] - words[:, 7], last)
+    level = read_program(schedule, None).reductions.level
+    row = positions(op == REDUCTION, schedule.bounds[1])
+    key = key.at[row].set(jnp.where(level > 0, level, last), mode="drop")
+    [order] = sorted_by(key, (jnp.arange(len(op), dtype=jnp.int32),))
+    return order

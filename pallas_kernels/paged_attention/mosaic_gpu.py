@@ -38,6 +38,7 @@ hold the roles, mosaic_tile.py what the last two do with a tile.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,35 +97,45 @@ def _kernel(
         plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
 
-    for index, (_, registers, role) in enumerate(_roles(tiles)):
+    for index, role in enumerate(_roles(tiles)):
 
         @pl.when(thread == index)
-        def _(index=index, registers=registers, role=role):
-            action = "decrease" if index == len(_roles(tiles)) - 1 else "increase"
-            plgpu.set_max_registers(registers, action=action)
-            role(stand)
+        def _(role=role):
+            action = "increase" if role.consumes else "decrease"
+            plgpu.set_max_registers(role.registers, action=action)
+            role.run(stand)
 
 
-def _roles(tiles: MosaicTiles) -> list[tuple[str, int, Callable[[Block], None]]]:
-    """(name, registers, function) of each warpgroup.
+class _Role(NamedTuple):
+    """What a warpgroup does, and with how many registers a thread."""
+
+    name: str
+    registers: int
+    run: Callable[[Block], None]
+    consumes: bool = True
+
+
+def _roles(tiles: MosaicTiles) -> list[_Role]:
+    """Of each warpgroup.
 
     One thread of each may together have as many registers as the device has for 128 threads.
     """
     ring = HALVES
     if tiles.order == "twins":
         ring = STRIPES
-        consumers = [(f"twin {w}", 232, functools.partial(consume_alone, w=w)) for w in (0, 1)]
+        consumers = [_Role(f"twin {w}", 232, functools.partial(consume_alone, w=w)) for w in (0, 1)]
     elif tiles.order == "seesaw":
-        consumers = [(f"consumer {w}", 232, functools.partial(consume, w=w)) for w in (0, 1)]
+        consumers = [_Role(f"consumer {w}", 232, functools.partial(consume, w=w)) for w in (0, 1)]
     else:
-        values = [(f"values {w}", 168, functools.partial(sum_values, w=w)) for w in (0, 1)]
-        consumers = [("scores", 128, score), *values]
-    return [*consumers, ("producer", 40, functools.partial(produce, ring=ring))]
+        values = [_Role(f"values {w}", 168, functools.partial(sum_values, w=w)) for w in (0, 1)]
+        consumers = [_Role("scores", 128, score), *values]
+    producer = _Role("producer", 40, functools.partial(produce, ring=ring), consumes=False)
+    return [*consumers, producer]
 
 
 def role_names(tiles: MosaicTiles) -> tuple[str, ...]:
     """What the warpgroups of a block are called, in the order of a profile's threads."""
-    return tuple(name for name, _, _ in _roles(tiles))
+    return tuple(role.name for role in _roles(tiles))
 
 
 # Jitted, so that a program with many layers lowers the kernel, a second's work, once.

@@ -5,7 +5,7 @@ ended: its blocks stand ready, with their rows of the plan, when the last part i
 """
 
 # Older versions of jax, which `unsupported` refuses, have less of this dialect.
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
 import functools
 

@@ -1,5 +1,7 @@
 """The shared memory and the barriers of a block of the Mosaic GPU kernel, by name."""
 
+# pyright: reportAbstractUsage=false
+
 import math
 from typing import Any
 

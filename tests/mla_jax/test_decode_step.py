@@ -299,8 +299,8 @@ class TestInPlace:
     def test_donated(self, seed, rng):
         cache = with_table(empty_cache(), random_table(rng))
         _, after = step(seed)(make_tokens(rng, BATCH), cache)
-        assert all(pool.is_deleted() for pool in cache.ckv + cache.kpe)
-        assert not any(pool.is_deleted() for pool in after.ckv + after.kpe)
+        assert all(pool.is_deleted() for pool in jax.tree.leaves((cache.ckv, cache.kpe)))
+        assert not any(pool.is_deleted() for pool in jax.tree.leaves((after.ckv, after.kpe)))
 
 
 class TestErrors:

@@ -97,10 +97,11 @@ def refusals() -> dict[str, tuple[type, dict]]:
         ),
         "lengths: got dtype float32, expected int32": (TypeError, {"lengths": jnp.zeros(2)}),
         "backend: got 'cuda', expected": (ValueError, {"backend": "cuda"}),
-        "backend 'mosaic_gpu' has no mla_decode: it has triton, reference": (
+        "backend 'mosaic_gpu' has no mla_decode: it has megakernel, triton, reference": (
             NotImplementedError,
             {"backend": "mosaic_gpu"},
         ),
+        "queue: got 'mine', expected one of processors, global": (ValueError, {"queue": "mine"}),
     }
 
 
@@ -109,7 +110,7 @@ def test_refusals(rng, text):
     error, change = refusals()[text]
     case = make_scheduled(rng, LENGTHS, TOKENS, num_pages=6)
     plan = megakernel.schedule(LENGTHS, TOKENS, 8)
-    options = {key: change.pop(key) for key in ("lengths", "backend") if key in change}
+    options = {key: change.pop(key) for key in ("lengths", "backend", "queue") if key in change}
     changed = dataclasses.replace(case, **change)
     with pytest.raises(error, match=f"^{re.escape(text)}"):
         megakernel.mla_decode(plan, *changed.args, scale=SCALE, **options)

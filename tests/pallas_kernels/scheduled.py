@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from oracles import GARBAGE, float64, softmax_sum
 
+from pallas_kernels.schedule import Schedule
+
 ROPE, LATENT, PAGE = 64, 512, 256
 SCALE = (LATENT + ROPE) ** -0.5
 
@@ -74,3 +76,21 @@ def dense(case: ScheduledCase, lengths: Sequence[int]) -> np.ndarray:
                 scores = q_v[b, i] @ keys[:seen].T + q_rot[b, i] @ rope[:seen].T
                 out[b, i], _ = softmax_sum(scores * SCALE, keys[:seen])
     return out
+
+
+def changed(plan: Schedule, table: np.ndarray) -> Schedule:
+    """`plan` with another table, which is not checked."""
+    return Schedule(
+        instructions=jnp.asarray(table),
+        batch=plan.batch,
+        new_tokens=plan.new_tokens,
+        num_heads=plan.num_heads,
+        bounds=plan.bounds,
+    )
+
+
+def without(table: np.ndarray | jax.Array, uid: int) -> np.ndarray:
+    """`table` with a no-op in this instruction's place."""
+    table = np.array(table)
+    table[table[..., 1] == uid] = 0
+    return table

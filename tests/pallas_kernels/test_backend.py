@@ -133,7 +133,8 @@ class TestChoose:
 
     @pytest.mark.parametrize("name", ["cuda", "", "Triton", "reference "])
     def test_unknown_name(self, name):
-        text = f"backend: got {name!r}, expected None or one of mosaic_gpu, triton, reference"
+        known = "mosaic_gpu, megakernel, triton, reference"
+        text = f"backend: got {name!r}, expected None or one of {known}"
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             choose("op", (FAST, SLOW), 2, name)
 

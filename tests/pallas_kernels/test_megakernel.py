@@ -49,10 +49,15 @@ def test_simulator_refuses_an_illegal_order(rng):
 
 
 def decode(backend: str, plan: Schedule, lengths, *args):
-    """Off a GPU: kernels are interpreted."""
-    return decode_by_schedule(
-        *(plan, *args), lengths=lengths, backend=backend, interpret=backend != "reference"
+    """Off a GPU: kernels are interpreted, and processors that wait need the queue of all."""
+    out, _ = decode_by_schedule(
+        *(plan, *args),
+        lengths=lengths,
+        queue="global" if backend == "megakernel" else "processors",
+        backend=backend,
+        interpret=backend != "reference",
     )
+    return out
 
 
 @functools.cache
@@ -174,12 +179,16 @@ class TestTriton(MegakernelSuite):
     backend = "triton"
 
 
+class TestMegakernel(MegakernelSuite):
+    backend = "megakernel"
+
+
 def test_shared_and_permuted_pages(rng):
     """Two sequences of the same pages give the same attention."""
     case = make_scheduled(rng, [700, 700], 1)
     table = case.table.at[1].set(case.table[0])
     q_rot, q_v = (jnp.broadcast_to(q[:1], q.shape) for q in (case.q_rot, case.q_v))
     plan = schedule([700, 700], 1, 2)
-    out = decode_by_schedule(plan, q_rot, q_v, case.k_rot, case.v, table, SCALE)
+    out, _ = decode_by_schedule(plan, q_rot, q_v, case.k_rot, case.v, table, SCALE)
     np.testing.assert_array_equal(out[0], out[1])
     assert np.isfinite(float64(out)).all()

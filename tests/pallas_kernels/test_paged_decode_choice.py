@@ -93,7 +93,7 @@ DTYPE_ERRORS = {
     ),
     "ckv_cache": (
         {"ckv_cache": jnp.zeros((6, 16, 64), jnp.float16)},
-        "ckv_cache: got dtype float16, expected float32, q_nope's",
+        "ckv_cache: got dtype float16, expected float32, q_nope's, or float8_e4m3fn",
     ),
     "kpe_cache": (
         {"kpe_cache": jnp.zeros((6, 16, 16), jnp.bfloat16)},
@@ -132,7 +132,7 @@ def test_bad_splits(case, num_splits):
 
 
 def test_unknown_backend(case):
-    text = "backend: got 'cuda', expected None or one of mosaic_gpu, triton, reference"
+    text = "backend: got 'cuda', expected None or one of mosaic_gpu, megakernel, triton, reference"
     assert_refused(ValueError, text, case, backend="cuda")
 
 

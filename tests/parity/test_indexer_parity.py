@@ -3,6 +3,8 @@
 Rounding moves scores by about a percent, so keys near the last place may change; the rest must not.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,12 @@ pytestmark = [
 ]
 
 TOKENS, TOPK = 300, 64
-SIZES = {"q_lora_rank": 40, "index_n_heads": 16, "index_head_dim": 128, "index_topk": TOPK}
+SIZES: dict[str, Any] = {
+    "q_lora_rank": 40,
+    "index_n_heads": 16,
+    "index_head_dim": 128,
+    "index_topk": TOPK,
+}
 ALIKE = 0.93
 """Of the chosen keys, on average; a rotation by pairs leaves 56 % alike."""
 

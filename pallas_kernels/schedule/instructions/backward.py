@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pallas_kernels.device import current_device
-from pallas_kernels.schedule.instructions.costs import DEFAULT_COSTS, CostModel
+from pallas_kernels.schedule.instructions.costs import CostModel, device_costs
 from pallas_kernels.schedule.instructions.processors import queue_whole, split_processors
 from pallas_kernels.schedule.instructions.quality import STEP, steps_of
 from pallas_kernels.schedule.instructions.table import Schedule, pack_queues
@@ -82,14 +82,15 @@ def schedule(
     new_tokens: int,
     num_processors: int | None = None,
     num_heads: int = 16,
-    cost_model: CostModel = DEFAULT_COSTS,
+    cost_model: CostModel | None = None,
 ) -> Schedule:
     """The instruction table for decoding a batch: partials, and trees of reductions over them.
 
     seq_lengths: the keys of each sequence, its `new_tokens` query tokens included; the table names
     sequences by their place here. num_processors: None asks the device, and takes 132 where it does
-    not say. num_heads: 16 or 8. cost_model: times in µs that the schedule balances. A plan made for
-    longer sequences also serves shorter ones (`lengths` of `mla_decode`). On the host, in NumPy.
+    not say. num_heads: 16 or 8. cost_model: times in µs that the schedule balances; None takes what
+    `mla-jax tune megakernel` measured on the device, else `CostModel()`. A plan made for longer
+    sequences also serves shorter ones (`lengths` of `mla_decode`). On the host, in NumPy.
     Errors: ValueError. Source: ThunderKittens' MLA decode scheduler.
 
     >>> plan = schedule([300], new_tokens=2, num_processors=2)
@@ -109,10 +110,13 @@ def schedule(
         )
     if new_tokens < 1:
         raise ValueError(f"new_tokens: got {new_tokens}, expected at least 1")
+    device = current_device()
     if num_processors is None:
-        num_processors = current_device().num_cores or PROCESSORS
+        num_processors = device.num_cores or PROCESSORS
     if num_processors < 1:
         raise ValueError(f"num_processors: got {num_processors}, expected None or at least 1")
+    if cost_model is None:
+        cost_model = device_costs(device, min(QUERY_TOKENS, new_tokens) * num_heads)
     jobs = [
         _Job(batch, q_seq, min(QUERY_TOKENS, new_tokens - q_seq), length)
         for batch, length in enumerate(lengths)

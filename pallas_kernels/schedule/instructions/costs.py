@@ -3,6 +3,9 @@
 import dataclasses
 import math
 
+from pallas_kernels.device import Device
+from pallas_kernels.tuning import tuned
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostModel:
@@ -48,3 +51,10 @@ class CostModel:
 
 
 DEFAULT_COSTS = CostModel()
+
+
+def device_costs(device: Device, rows: int) -> CostModel:
+    """Those that `mla-jax tune megakernel` measured on `device` for partials of so many query rows
+    (tokens times heads); the default where nobody has."""
+    found = tuned("megakernel_costs", device, "costs", rows=rows)
+    return CostModel(**found) if found else DEFAULT_COSTS

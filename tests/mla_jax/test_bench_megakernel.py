@@ -1,0 +1,158 @@
+"""The benchmark of decoding by a schedule, and the cost model that is fitted to measured times."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import float64
+
+from mla_jax.bench import costs, megakernel, timing, tune
+from mla_jax.bench.paged import make_inputs
+from mla_jax.cli.main import main
+from mla_jax.megakernel import CostModel, schedule
+from pallas_kernels import tuning
+from pallas_kernels.device import Device
+from pallas_kernels.paged_attention import PagedTiles
+from pallas_kernels.schedule.instructions.costs import device_costs
+
+SMALL = {"small": ([300, 40], 2)}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(megakernel, "SHAPES", SMALL)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "BURST_SECONDS", 1e-6)
+    ceilings = {"bandwidth_gb_s": 1000.0, "matmul_tflop_s": 100.0}
+    monkeypatch.setattr(timing, "measure_ceilings", lambda: ceilings)
+    monkeypatch.setattr(megakernel.decode_chain, "__defaults__", (2,))
+
+
+def test_rows(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(megakernel, "HEADS", (8,))
+    path = tmp_path / "rows.json"
+    command = ["bench", "megakernel", "--shapes", "small", "--against", "xla", "--json", str(path)]
+    assert main(command) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["shape"] for row in rows] == ["small-h8"] * 2
+    assert [row["peer"] for row in rows] == ["paged_decode (reference)", "xla"]
+    for row in rows:
+        assert row["backend"] == "reference"  # where there is no GPU
+        assert row["ratio"] == pytest.approx(row["peer_us"] / row["ours_us"])
+        assert row["makespan_us"] == schedule(*SMALL["small"], num_heads=8).makespan
+
+
+def test_pages_of_peers_hold_the_same_tokens(small):
+    shape, other = megakernel.find_shapes(["small"])
+    assert (shape.heads, other.heads) == (16, 8)
+    inputs = make_inputs(shape)
+    cut = megakernel.in_pages_of_peers(inputs)
+    assert cut.ckv.shape[1:] == (64, 512)
+    assert cut.kpe.shape[1:] == (64, 64)
+    for b, length in enumerate(shape.lengths):
+        for pool, parts in ((inputs.ckv, cut.ckv), (inputs.kpe, cut.kpe)):
+            whole = float64(pool)[np.asarray(inputs.table[b])].reshape(-1, pool.shape[-1])
+            again = float64(parts)[np.asarray(cut.table[b])].reshape(-1, pool.shape[-1])
+            np.testing.assert_array_equal(again[:length], whole[:length])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [("shapes", "none", "shapes: got 'none'"), ("backend", "cuda", "backend: got 'cuda'")],
+)
+def test_wrong_names(capsys, option, value, text):
+    assert main(["bench", "megakernel", f"--{option}", value]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 16), (4, 8)])
+def test_fit_finds_the_model_that_made_the_times(rng, tokens, heads):
+    """From times of its own timelines, with a little noise, and not from the fit's equations."""
+    true = CostModel(
+        **{
+            field.name: field.default * rng.uniform(0.7, 1.5)
+            for field in dataclasses.fields(CostModel)
+        }
+    )
+
+    def time(plan, *_):
+        promised = dataclasses.replace(plan, cost_model=true).makespan
+        return promised * rng.uniform(1 - 1e-4, 1 + 1e-4)
+
+    entry, times = costs.measure_costs(tokens, heads, 132, time)
+    found = CostModel(**entry["costs"])
+    assert entry["rows"] == tokens * heads
+    for _, measured, promised in times:
+        assert promised == pytest.approx(measured, rel=1e-3)
+    # The sums that times can tell; input times are small beside the rest.
+    for name in ("partial_overhead", "partial_step", "reduction_tail"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.02)
+    assert found.reduction_input == pytest.approx(true.reduction_input, rel=0.05)
+    lengths = rng.integers(200, 20_000, 4).tolist()
+    plan = schedule(lengths, tokens, cost_model=found)
+    other = dataclasses.replace(plan, cost_model=true)
+    assert plan.makespan == pytest.approx(other.makespan, rel=0.05)
+
+
+@pytest.mark.parametrize("experiment", costs.EXPERIMENTS, ids=str)
+def test_hand_made_schedules_fill_the_device(experiment):
+    """Sound, as every Schedule is, and equal work on 132 processors, or nearly so many."""
+    plan = costs.hand_made(experiment, 4, 16, 132)
+    processors, _ = plan.instructions.shape[:2]
+    assert 132 - experiment.inputs - 4 < processors <= 132
+    words = plan.instructions[plan.instructions[..., 0] == 1]
+    assert set((words[:, 7] - words[:, 6]).tolist()) == {experiment.steps * 32}
+    reductions = set(map(len, plan.dependencies.values()))
+    assert reductions == (set() if experiment.kind == "whole" else {experiment.inputs})
+
+
+def test_schedules_go_by_measured_costs(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    device = Device(platform="gpu", kind="NVIDIA Test", num_cores=132)
+    path = tmp_path / tuning.table_name(device.kind)
+    slow = CostModel(partial_step=3.0)
+    entry = {"op": "megakernel_costs", "rows": 64, "costs": dataclasses.asdict(slow)}
+    tuning.record(path, entry, {})
+    tuning.record(path, entry | {"rows": 16}, {})
+    tuning.record(path, entry, {})  # in place of the first
+    assert len(tuning.read_table(path)) == 2
+    assert device_costs(device, 64) == slow
+    assert device_costs(device, 32) == CostModel()
+    module = "pallas_kernels.schedule.instructions.backward.current_device"
+    monkeypatch.setattr(module, lambda: device)
+    assert schedule([4096], 4).cost_model == slow
+    assert schedule([4096], 2).cost_model == CostModel()
+    assert schedule([4096], 4, cost_model=CostModel()).cost_model == CostModel()
+
+
+def test_tune_needs_a_gpu(capsys):
+    assert main(["tune", "megakernel"]) == 2
+    assert "tune: needs a GPU" in capsys.readouterr().err
+
+
+def test_measured_runs_what_it_is_given(small, monkeypatch):
+    """On this machine in jnp: the time of a chain, a call, in microseconds."""
+    monkeypatch.setattr(costs, "BACKEND", "reference")
+    plan = costs.hand_made(costs.Experiment("held", 1, 4), 1, 8, 4)
+    assert costs.measured(plan, 1, 8) > 0
+    assert jnp.asarray(plan.instructions).shape == (4, 2, 32)
+
+
+def test_tiles_that_agree_get_an_entry(small):
+    target = costs.tiles_target(tokens=1, heads=16, lengths=[260, 40], calls=1, interpret=True)
+    target = dataclasses.replace(target, candidates=target.candidates[:2])
+    entry, skipped = tune.measure(target)
+    assert not skipped
+    assert {name: entry[name] for name in target.key} == target.key
+    assert PagedTiles(**entry["tiles"]) in target.candidates
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32, 48, 64])
+def test_candidates_hold_all_rows(rows):
+    heads = 8 if rows == 8 else 16
+    target = costs.tiles_target(tokens=rows // heads, heads=heads)
+    assert len(target.candidates) >= 4
+    assert target.default in target.candidates or rows == 32  # which masks in one loop
+    assert all(tiles.rows >= rows for tiles in target.candidates)
