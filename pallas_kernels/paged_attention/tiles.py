@@ -65,9 +65,13 @@ def scaling(kv_scales: Array | None) -> Literal["slot", "tensor"]:
     return "tensor" if kv_scales is None or kv_scales.ndim == 0 else "slot"
 
 
-def latent_parts(latent: int, scaled: str | None) -> list[tuple[int, int]]:
-    """(start, size) of the columns that a kernel holds together: those that share a scale."""
-    size = min(GROUP, latent) if scaled == "slot" else latent
+def latent_parts(latent: int, *, e4m3: bool) -> list[tuple[int, int]]:
+    """(start, size) of the columns that a kernel holds together: all, or those that share a scale.
+
+    One scale for all of a cache's numbers changes nothing: whole tiles, converted, would not fit
+    into shared memory beside 64 rows of queries.
+    """
+    size = min(GROUP, latent) if e4m3 else latent
     return [(start, size) for start in range(0, latent, size)]
 
 

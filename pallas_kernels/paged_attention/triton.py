@@ -138,7 +138,7 @@ def _attend(
     # kernel down. Rows before or behind the segment's are computed in vain.
     first_row = segment.offset + row_block * tiles.rows
     at = jnp.minimum(segment.base + first_row, q_refs[0].shape[0] - tiles.rows)
-    parts = latent_parts(latent, "slot" if slot_scale_refs else None)
+    parts = latent_parts(latent, e4m3=pool_refs[0].dtype == FP8)
     columns = [parts, *([(0, ref.shape[1])] for ref in q_refs[1:])]
     operands = [
         (q_ref, pool_ref, part)
@@ -181,7 +181,7 @@ def _attend(
         # A row that has seen no key keeps m = -inf; shifting by 0 makes its terms 0, not NaN.
         shift = jnp.where(new_m == NEG_INF, 0.0, new_m) if masked else new_m
         p, keep = power(s - shift[:, None]), power(m - shift)
-        weights = [_scaled(p, factor).astype(dtype) for factor in by_key or (None,)]
+        weights = [_scaled(p, factor).astype(dtype) for factor in by_key or [None] * len(parts)]
         added = [dot(*pair) for pair in zip(weights, pools[: len(parts)], strict=True)]
         acc = [a * keep[:, None] + more for a, more in zip(acc, added, strict=True)]
         return acc, new_m, l * keep + jnp.sum(p, axis=1), page, scales_of(block + 1, page)
