@@ -73,13 +73,17 @@ def clear_unused(c: Block, tile, segment: Segment, place):
 
     @pl.when(valid < KEYS)
     def _():
-        key = plgpu.broadcasted_iota(jnp.int32, (KEYS, BOX), 0, layout=plgpu.Layout.WGMMA)
-        for half in (0, 1):
-            for box in range(c.half // BOX):
-                ref = c.k_s.at[place, half, :, pl.ds(box * BOX, BOX)]
-                values = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
-                ref[...] = jnp.where(key < valid, values, jnp.zeros_like(values))
-        plgpu.commit_smem()
+        columns = [pl.ds(first, BOX) for first in range(0, c.half, BOX)]
+        clear([c.k_s.at[place, half, :, box] for half in (0, 1) for box in columns], valid)
+
+
+def clear(boxes, valid):
+    """Keys from `valid` on become 0."""
+    key = plgpu.broadcasted_iota(jnp.int32, (KEYS, BOX), 0, layout=plgpu.Layout.WGMMA)
+    for ref in boxes:
+        values = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
+        ref[...] = jnp.where(key < valid, values, jnp.zeros_like(values))
+    plgpu.commit_smem()
 
 
 def reduce_rows(pairwise, whole, x: Array) -> Array:

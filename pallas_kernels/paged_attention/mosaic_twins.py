@@ -31,7 +31,7 @@ from pallas_kernels.paged_attention.mosaic_inline import (
     rescale_if_needed,
     synchronize,
 )
-from pallas_kernels.paged_attention.mosaic_tile import always_zero, close
+from pallas_kernels.paged_attention.mosaic_tile import always_zero, clear, close
 from pallas_kernels.paged_attention.units import Segment
 
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
@@ -193,14 +193,12 @@ def _clear_unused(c: Block, tile, segment: Segment, n, pieces: list[_Piece]):
         # The other one scores these columns, too.
         plgpu.barrier_arrive(c.met)
         plgpu.barrier_wait(c.met)
-        key = plgpu.broadcasted_iota(jnp.int32, (KEYS, BOX), 0, layout=plgpu.Layout.WGMMA)
-        for piece in pieces:
-            for box in range(0, piece.width, BOX):
-                columns = pl.ds(piece.first + box, BOX)
-                ref = c.k_s.at[c.stripe_place(n, piece.stripe), :, columns]
-                values = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
-                ref[...] = jnp.where(key < valid, values, jnp.zeros_like(values))
-        plgpu.commit_smem()
+        boxes = [
+            c.k_s.at[c.stripe_place(n, piece.stripe), :, pl.ds(piece.first + box, BOX)]
+            for piece in pieces
+            for box in range(0, piece.width, BOX)
+        ]
+        clear(boxes, valid)
 
 
 def _finish(c: Block, w: int, segment: Segment, pieces: list[_Piece], acc, m, l):
