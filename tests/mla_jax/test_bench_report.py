@@ -145,6 +145,14 @@ def test_command(tmp_path, capsys):
     assert "mla-jax: mine.json: not JSON" in capsys.readouterr().err
 
 
+@pytest.fixture(autouse=True)
+def control_c():
+    """As in a terminal: what a shell starts in the background ignores this signal."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def interrupted_rows() -> Iterator[dict[str, Any]]:
     yield ROW
     signal.raise_signal(signal.SIGINT)
