@@ -34,7 +34,7 @@ hold the roles, mosaic_tile.py what the last two do with a tile.
 """
 
 # Older versions of jax, which `unsupported` refuses, have no interpreter of this dialect.
-# pyright: reportAbstractUsage=false, reportAttributeAccessIssue=false
+# pyright: reportAbstractUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import functools
 from collections.abc import Callable

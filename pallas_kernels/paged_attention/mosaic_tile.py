@@ -4,6 +4,9 @@ Legend: s scores, p probabilities, m running maximum, l running sum of exponenti
 acc the sum of latents so far, relative to m.
 """
 
+# Older versions of jax, which `unsupported` refuses, load only with an index.
+# pyright: reportCallIssue=false
+
 import jax
 import jax.numpy as jnp
 from jax import lax
