@@ -35,6 +35,15 @@ def fence():
     fence()
 
 
+def store_pieces(ref, value):
+    """value to device memory, where neighbouring threads do not write whole sectors."""
+    store = getattr(plgpu, "store", None)
+    if store is None:  # jax 0.11 does not ask whether that is meant
+        ref[...] = value
+    else:
+        store(ref, value, optimized=False)
+
+
 def over_rows(v, shape: tuple[int, ...]):
     """v[row] over every column of `shape`."""
     return lax.broadcast_in_dim(v, shape, [0])

@@ -29,6 +29,7 @@ from pallas_kernels.paged_attention.mosaic_inline import (
     over_columns,
     over_keys,
     rescale_if_needed,
+    store_pieces,
     synchronize,
 )
 from pallas_kernels.paged_attention.mosaic_tile import always_zero, clear, close
@@ -206,24 +207,30 @@ def _finish(c: Block, w: int, segment: Segment, pieces: list[_Piece], acc, m, l)
     factor, lse = close(m, l)
     acc = [a * over_columns(factor, a.shape) for a in acc]
 
+    def put(ref, value):
+        if c.interpret:
+            ref[...] = value
+        else:
+            store_pieces(ref, value)
+
     def store(ref, rows, dtype):
         for a, piece in zip(acc, pieces, strict=True):
             columns = pl.ds(piece.stripe * STRIPE + piece.first, piece.width)
             a_t = plgpu.layout_cast(a.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            ref.at[rows, columns].transpose((1, 0))[...] = a_t
+            put(ref.at[rows, columns].transpose((1, 0)), a_t)
 
     @pl.when(segment.slot < 0)
     def _():
         rows = c.rows_of(segment)
         store(c.out, rows, c.out.dtype)
         if w == 0:
-            c.lse.at[rows][...] = lse
+            put(c.lse.at[rows], lse)
 
     @pl.when(segment.slot >= 0)
     def _():
         store(c.part.at[segment.slot], pl.ds(0, c.rows), jnp.float32)
         if w == 0:
-            c.part_lse.at[segment.slot, pl.ds(0, c.rows)][...] = lse
+            put(c.part_lse.at[segment.slot, pl.ds(0, c.rows)], lse)
 
     # The next maximum is taken where these sums were.
     plgpu.commit_smem() if c.interpret else synchronize()
