@@ -15,7 +15,7 @@ from jaxtyping import Array
 from mla_jax.bench import paged, peers
 from mla_jax.bench.paged import LATENT, ROPE, WIDTH, PagedShape
 from mla_jax.bench.peers import Contender, PagedInputs, jax_contender
-from mla_jax.bench.timing import alternating_seconds
+from mla_jax.bench.timing import alternating_seconds, rates
 from mla_jax.paged import DEFAULT_SM_SCALE
 from mla_jax.quantization import quantize_cache
 from pallas_kernels.backend import choose
@@ -92,8 +92,6 @@ def bench_shape(
             paged.check_agreement(shape.name, name, output, peer.output(), AGREEMENT)
             ours_seconds, peer_seconds = alternating_seconds([own.burst, peer.burst])
             micros, peer_micros = ours_seconds / own.calls * 1e6, peer_seconds / peer.calls * 1e6
-            gb_s, tflop_s = moved(shape, layout) / micros / 1e3, shape.flops / micros / 1e6
-            limits = gb_s / ceilings["bandwidth_gb_s"], tflop_s / ceilings["matmul_tflop_s"]
             yield {
                 "op": "paged_decode",
                 "shape": shape.name,
@@ -104,9 +102,5 @@ def bench_shape(
                 "peer": name,
                 "peer_us": peer_micros,
                 "ratio": peer_micros / micros,
-                "gb_s": gb_s,
-                "tflop_s": tflop_s,
-                "of_bandwidth": limits[0],
-                "of_matmul": limits[1],
-                "times_floor": 1 / max(limits),
+                **rates(moved(shape, layout), shape.flops, micros, ceilings),
             }

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from mla_jax.bench.peers import Contender, PagedInputs, Peer, jax_contender
-from mla_jax.bench.timing import CALLS, alternating_seconds, burst_of, chained, seconds_a_run
+from mla_jax.bench.timing import CALLS, alternating_seconds, burst_of, chained, rates, seconds_a_run
 from mla_jax.paged import DEFAULT_SM_SCALE
 from pallas_kernels.backend import choose
 from pallas_kernels.device import current_device
@@ -318,7 +318,6 @@ def bench_shape(
         check_agreement(shape.name, name, output, peer.output())
         ours_seconds, peer_seconds = alternating_seconds([own.burst, peer.burst])
         micros, peer_micros = ours_seconds / own.calls * 1e6, peer_seconds / peer.calls * 1e6
-        gb_s, tflop_s = shape.moved / micros / 1e3, shape.flops / micros / 1e6
         row = {
             "op": "paged_decode",
             "shape": shape.name,
@@ -331,10 +330,6 @@ def bench_shape(
             "peer": name,
             "peer_us": peer_micros,
             "ratio": peer_micros / micros,
-            "gb_s": gb_s,
-            "tflop_s": tflop_s,
-            "of_bandwidth": gb_s / ceilings["bandwidth_gb_s"],
-            "of_matmul": tflop_s / ceilings["matmul_tflop_s"],
-            "times_floor": micros / shape.floor(ceilings),
+            **rates(shape.moved, shape.flops, micros, ceilings),
         }
         yield row | ({"xla_calls": peer.calls} if name == "xla" else {})

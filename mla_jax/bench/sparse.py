@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from mla_jax.bench import peers
 from mla_jax.bench.paged import LATENT, ROPE, WIDTH, check_agreement
 from mla_jax.bench.peers import Contender, jax_contender
-from mla_jax.bench.timing import alternating_seconds
+from mla_jax.bench.timing import alternating_seconds, rates
 from mla_jax.paged import DEFAULT_SM_SCALE
 from mla_jax.quantization import QuantizedLatents, quantize_cache
 from mla_jax.sparse import mla_sparse_decode
@@ -176,11 +176,6 @@ def bench_shape(
                 1e6 * second / contender.calls
                 for second, contender in zip(seconds, (own, peer), strict=True)
             )
-            gb_s, tflop_s = shape.moved(dtype) / micros / 1e3, shape.flops / micros / 1e6
-            of_limits = {
-                "of_bandwidth": gb_s / ceilings["bandwidth_gb_s"],
-                "of_matmul": tflop_s / ceilings["matmul_tflop_s"],
-            }
             yield {
                 "op": "token_sparse",
                 "shape": shape.name,
@@ -190,8 +185,5 @@ def bench_shape(
                 "peer": name,
                 "peer_us": peer_micros,
                 "ratio": peer_micros / micros,
-                "gb_s": gb_s,
-                "tflop_s": tflop_s,
-                **of_limits,
-                "times_floor": 1 / max(of_limits.values()),
+                **rates(shape.moved(dtype), shape.flops, micros, ceilings),
             }

@@ -85,6 +85,23 @@ def compilations(jitted: Callable[..., Any]) -> int:
     return jitted._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def rates(moved: int, flops: int, micros: float, ceilings: dict[str, float]) -> dict[str, float]:
+    """How fast `moved` bytes and `flops` operations were in `micros`, and beside the ceilings.
+
+    times_floor counts the slower of the two at its ceiling.
+    """
+    gb_s, tflop_s = moved / micros / 1e3, flops / micros / 1e6
+    of_bandwidth = gb_s / ceilings["bandwidth_gb_s"]
+    of_matmul = tflop_s / ceilings["matmul_tflop_s"]
+    return {
+        "gb_s": gb_s,
+        "tflop_s": tflop_s,
+        "of_bandwidth": of_bandwidth,
+        "of_matmul": of_matmul,
+        "times_floor": 1 / max(of_bandwidth, of_matmul),
+    }
+
+
 def measure_ceilings() -> dict[str, float]:
     """This device's own limits, now: GB/s copied (read + write) and read, bfloat16 TFLOP/s.
 

@@ -23,7 +23,7 @@ from pallas_kernels.paged_attention.mosaic_block import (
     ROWS,
     Block,
 )
-from pallas_kernels.paged_attention.mosaic_inline import fence, over_rows, synchronize
+from pallas_kernels.paged_attention.mosaic_inline import fence, over_columns, over_rows, synchronize
 from pallas_kernels.paged_attention.units import Segment
 
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
@@ -49,22 +49,24 @@ def always_zero(i):
     return lax.shift_right_logical(i, jnp.int32(30))
 
 
-def limits(c: Block, segment: Segment):
+def limits(c: Block, segment: Segment, rows: int = ROWS, layout=ROW_LAYOUT):
     """How many keys each row sees."""
     if c.tokens == 1:
         return segment.length
     row = segment.offset + c.block * ROWS
-    row += plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW_LAYOUT)
+    row += plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=layout)
     return jnp.minimum(segment.seen + lax.div(row, jnp.int32(c.heads)), segment.length)
 
 
-def hide(c: Block, s, tile, segment: Segment, limit):
+def hide(c: Block, s, tile, segment: Segment, limit, key_axis: int = 1):
     """Scores of keys that a row does not see become the lowest."""
     first = tile * KEYS
+    over_keys = over_rows if key_axis == 1 else over_columns
 
     def hidden(s):
-        key = first + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-        bound = limit if c.tokens == 1 else over_rows(limit, s.shape)
+        layout = plgpu.Layout.WGMMA
+        key = first + plgpu.broadcasted_iota(jnp.int32, s.shape, key_axis, layout=layout)
+        bound = limit if c.tokens == 1 else over_keys(limit, s.shape)
         return jnp.where(key < bound, s, LOWEST)
 
     return lax.cond(first + KEYS > segment.seen, hidden, lambda s: s, s)

@@ -32,7 +32,13 @@ from pallas_kernels.paged_attention.mosaic_inline import (
     store_pieces,
     synchronize,
 )
-from pallas_kernels.paged_attention.mosaic_tile import always_zero, clear, close
+from pallas_kernels.paged_attention.mosaic_tile import (
+    always_zero,
+    clear,
+    close,
+    hide,
+    limits,
+)
 from pallas_kernels.paged_attention.units import Segment
 
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
@@ -116,12 +122,12 @@ def consume_alone(c: Block, w: int):
         return rescale_if_needed(acc, keep, axis=1)
 
     def segment_body(segment, n):
-        limit = _limits(c, segment)
+        limit = limits(c, segment, c.rows, ROW_LAYOUT)
         plgpu.barrier_wait(c.q_full)
 
         def tile(i, carry):
             acc, m, l, n = carry
-            s = _hide(c, scores(n, always_zero(i)), i, segment, limit)
+            s = hide(c, scores(n, always_zero(i)), i, segment, limit, key_axis=0)
             if c.rope:
                 plgpu.barrier_arrive(c.free_rope.at[c.rope_place(n)])
             _clear_unused(c, i, segment, n, pieces)
@@ -163,26 +169,6 @@ def _over_keys(c: Block, op: str, x, w: int):
     if c.interpret:
         return {"max": jnp.max, "sum": jnp.sum}[op](x, axis=0)
     return over_keys(op, x, c.top_s.at[w])
-
-
-def _limits(c: Block, segment: Segment):
-    """How many keys each row sees."""
-    if c.tokens == 1:
-        return segment.length
-    row = plgpu.broadcasted_iota(jnp.int32, (c.rows,), 0, layout=ROW_LAYOUT)
-    return jnp.minimum(segment.seen + lax.div(row, jnp.int32(c.heads)), segment.length)
-
-
-def _hide(c: Block, s, tile, segment: Segment, limit):
-    """Scores of keys that a row does not see become the lowest."""
-    first = tile * KEYS
-
-    def hidden(s):
-        key = first + plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA)
-        bound = limit if c.tokens == 1 else over_columns(limit, s.shape)
-        return jnp.where(key < bound, s, LOWEST)
-
-    return lax.cond(first + KEYS > segment.seen, hidden, lambda s: s, s)
 
 
 def _clear_unused(c: Block, tile, segment: Segment, n, pieces: list[_Piece]):
