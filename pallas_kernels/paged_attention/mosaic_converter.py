@@ -1,6 +1,6 @@
 """The other producer of the Mosaic GPU kernel: keys through registers, for a float8_e4m3fn cache.
 
-The tensor cores take latents in the queries' dtype, and as values only that, so that the copy engine
+The tensor cores take latents in the queries' dtype, and as values only that, so the copy engine
 cannot bring them. This warpgroup gathers a tile's rows by their slots, multiplies what has scales
 and stores tiles as `produce` would have loaded them. Some pieces of a tile, or of the next one, are
 on their way to its registers while it converts those in front.

@@ -41,8 +41,10 @@ def scratch(
     tile's keys.
     """
     twins = tiles.order == "twins"
-    own = _of_twins(rows, latent, rope, boxes, dtype) if twins else _of_halves(
-        tiles, latent, rope, boxes, dtype
+    own = (
+        _of_twins(rows, latent, rope, boxes, dtype)
+        if twins
+        else _of_halves(tiles, latent, rope, boxes, dtype)
     )
     if sparse:
         # 0 for a key that there is, else the lowest score.

@@ -61,9 +61,7 @@ def limits(c: Block, segment: Segment, rows: int = ROWS, layout=ROW_LAYOUT):
 def hide(c: Block, s, tile, segment: Segment, limit, place, key_axis: int = 1):
     """Scores of keys that a row does not see become the lowest; place: of a sparse tile's bias."""
     first = tile * KEYS
-    over_keys, of_keys = (
-        (over_rows, over_columns) if key_axis == 1 else (over_columns, over_rows)
-    )
+    over_keys, of_keys = (over_rows, over_columns) if key_axis == 1 else (over_columns, over_rows)
 
     def hidden(s):
         layout = plgpu.Layout.WGMMA
