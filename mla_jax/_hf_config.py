@@ -8,7 +8,9 @@ if TYPE_CHECKING:
 _ROUTING = {
     "deepseek_v2": {"score": "softmax", "methods": ("greedy", "group_limited_greedy")},
     "deepseek_v3": {"score": "sigmoid", "methods": ("noaux_tc",)},
+    "deepseek_v32": {"score": "sigmoid", "methods": ("noaux_tc",)},
 }
+_INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
 # Keys whose other values change the computation in a way that is not built here.
 _ONLY = {
     "hidden_act": "silu",
@@ -81,7 +83,7 @@ def _experts(config: dict, model_type: str) -> dict:
     method = config.get("topk_method") or rule["methods"][0]
     if method not in rule["methods"]:
         _refuse("topk_method", method, " or ".join(map(repr, rule["methods"])))
-    normalize = bool(config.get("norm_topk_prob", model_type == "deepseek_v3"))
+    normalize = bool(config.get("norm_topk_prob", model_type != "deepseek_v2"))
     if model_type == "deepseek_v2" and normalize:
         _refuse("norm_topk_prob", normalize, "False for deepseek_v2")
     grouped = method != "greedy"
@@ -96,6 +98,32 @@ def _experts(config: dict, model_type: str) -> dict:
         "normalize": normalize,
         "route_scale": _real(config, "routed_scaling_factor", 1.0),
     }
+
+
+def _indexer(config: dict, n_layers: int, n_dense: int) -> dict[str, int]:
+    """The sizes of deepseek_v32's indexer; refuses layers that differ from one another in it.
+
+    Further keys, of other models' indexers, would change the choice: which layers share one, how
+    the indexer rotates.
+    """
+    for key, value in config.items():
+        if key.startswith("index") and key not in _INDEXER and value:
+            _refuse(key, value, f"none but {', '.join(_INDEXER)} of an indexer's keys")
+    sparse = n_layers - n_dense
+    kinds = {
+        "layer_types": (["indexed_attention"] * n_layers, f"{n_layers} times indexed_attention"),
+        "mlp_layer_types": (
+            ["dense"] * n_dense + ["sparse"] * sparse,
+            f"{n_dense} times dense, then {sparse} times sparse",
+        ),
+    }
+    for key, (kind, words) in kinds.items():
+        if config.get(key) not in (None, kind):
+            _refuse(key, config[key], words)
+    sizes = {key: _integer(config, key) for key in _INDEXER}
+    if sizes["index_n_heads"] < 1:
+        _refuse("index_n_heads", sizes["index_n_heads"], "a positive integer")
+    return sizes
 
 
 def _tokens(config: dict, key: str) -> tuple[int, ...]:
@@ -120,8 +148,8 @@ def parse_hf(config: dict) -> dict[str, Any]:
     # of a config class that was told only the heads, and means nothing.
     if _integer(config, "num_key_value_heads", n_heads) < n_heads:
         _refuse("num_key_value_heads", config["num_key_value_heads"], f"{n_heads}, one a head")
-    if model_type == "deepseek_v2" and not config.get("rope_interleave", True):
-        _refuse("rope_interleave", False, "True for deepseek_v2")
+    if model_type != "deepseek_v3" and not config.get("rope_interleave", True):
+        _refuse("rope_interleave", False, f"True for {model_type}")
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     if dtype not in ("float32", "bfloat16", "float16"):
         _refuse("dtype", dtype, "'float32', 'bfloat16' or 'float16'")
@@ -151,6 +179,7 @@ def parse_hf(config: dict) -> dict[str, Any]:
             "v_head_dim": _integer(config, "v_head_dim"),
             "rope_theta": theta,
             "rope_interleave": bool(config.get("rope_interleave", True)),
+            **(_indexer(config, n_layers, n_dense) if model_type == "deepseek_v32" else {}),
             "dtype": dtype,
         },
     }
@@ -185,6 +214,8 @@ def _format_experts(config: "ModelConfig") -> dict[str, Any]:
         method = "greedy" if moe.n_groups == 1 else "group_limited_greedy"
         if moe.normalize:
             raise ValueError("normalize: got True with softmax routing, which deepseek_v2 has not")
+        if config.mla.index_n_heads:
+            raise ValueError("score: got 'softmax' with an indexer, which deepseek_v32 has not")
     return {
         "first_k_dense_replace": config.n_dense,
         "n_routed_experts": moe.n_routed,
@@ -203,12 +234,17 @@ def _format_experts(config: "ModelConfig") -> dict[str, Any]:
 def format_hf(config: "ModelConfig") -> dict[str, Any]:
     """The `config.json` that `parse_hf` reads back as this model, and transformers too."""
     mla, moe = config.mla, config.moe
-    model_type = "deepseek_v2" if moe is not None and moe.score == "softmax" else "deepseek_v3"
-    if model_type == "deepseek_v2" and not mla.rope_interleave:
-        raise ValueError("rope_interleave: got False, which deepseek_v2 (softmax routing) has not")
+    model_type, indexer = "deepseek_v3", {}
+    if mla.index_n_heads:
+        model_type, indexer = "deepseek_v32", {key: getattr(mla, key) for key in _INDEXER}
+    elif moe is not None and moe.score == "softmax":
+        model_type = "deepseek_v2"
+    if model_type != "deepseek_v3" and not mla.rope_interleave:
+        why = "softmax routing" if model_type == "deepseek_v2" else "an indexer"
+        raise ValueError(f"rope_interleave: got False, which {model_type} ({why}) has not")
     eos = list(config.eos_ids)
     return {
-        "architectures": [f"Deepseek{model_type[-2:].upper()}ForCausalLM"],
+        "architectures": [f"Deepseek{model_type.split('_')[1].upper()}ForCausalLM"],
         "model_type": model_type,
         "dtype": config.dtype,
         "vocab_size": config.vocab,
@@ -223,6 +259,7 @@ def format_hf(config: "ModelConfig") -> dict[str, Any]:
         "qk_nope_head_dim": mla.qk_nope_head_dim,
         "qk_rope_head_dim": mla.qk_rope_head_dim,
         "v_head_dim": mla.v_head_dim,
+        **indexer,
         **_format_experts(config),
         "hidden_act": "silu",
         "attention_bias": False,

@@ -70,6 +70,10 @@ class PagedLatentCache:
     In float8_e4m3fn the latents are quantised as they are written, and ckv[layer] is a
     `QuantizedPool`; kpe stays in the model's dtype: 656 bytes a token at DeepSeek's widths.
 
+    A model with an indexer also has index_keys[layer], [num_pages, page_size, index_head_dim]: its
+    keys after the Hadamard transform, in float8_e4m3fn with a scale a token, whatever the dtype of
+    the rest; another model has none.
+
     On a mesh, pools lie split over `data` and `context`, the table and the lengths over `data`.
     Each group of requests counts its own pages from 0, so ids go to num_pages / data - 1, and page
     i lies on the context device i % context: consecutive ids spread a row evenly.
@@ -82,6 +86,7 @@ class PagedLatentCache:
 
     ckv: tuple[Float[Array, "pages page latent"] | QuantizedPool, ...]
     kpe: tuple[Float[Array, "pages page rope"], ...]
+    index_keys: tuple[QuantizedPool, ...] = ()
     block_table: Int[Array, "batch max_pages"]
     lengths: Int[Array, " batch"]
 
@@ -127,10 +132,12 @@ class PagedLatentCache:
             plain = config.dtype if dtype == FP8 else dtype
             return jnp.zeros(shape, plain, device=pool_place)
 
-        layers = range(config.n_layers)
+        layers, mla = range(config.n_layers), config.mla
+        indexed = layers if mla.index_n_heads else ()
         return cls(
-            ckv=tuple(pool(config.mla.kv_lora_rank, fp8=fp8) for _ in layers),
-            kpe=tuple(pool(config.mla.qk_rope_head_dim, fp8=False) for _ in layers),  # pyright: ignore[reportArgumentType]
+            ckv=tuple(pool(mla.kv_lora_rank, fp8=fp8) for _ in layers),
+            kpe=tuple(pool(mla.qk_rope_head_dim, fp8=False) for _ in layers),  # pyright: ignore[reportArgumentType]
+            index_keys=tuple(pool(mla.index_head_dim, fp8=True) for _ in indexed),  # pyright: ignore[reportArgumentType]
             block_table=jnp.full((max_batch, max_pages), -1, jnp.int32, device=row_place),
             lengths=jnp.zeros(max_batch, jnp.int32, device=row_place),
         )
@@ -155,7 +162,7 @@ class PagedLatentCache:
     def specs(self, mesh: Mesh | AbstractMesh) -> "PagedLatentCache":
         """The layout on `mesh`, in this cache's structure."""
 
-        pools = len(jax.tree.leaves((self.ckv, self.kpe)))
+        pools = len(jax.tree.leaves((self.ckv, self.kpe, self.index_keys)))
         rows = rows_spec(mesh)
         return jax.tree.unflatten(
             jax.tree.structure(self), [*[pool_spec(mesh)] * pools, rows, rows]
@@ -188,10 +195,16 @@ class PagedLatentCache:
         )
 
     def advanced(
-        self, view: PageView, ckv: tuple[LatentPool, ...], kpe: tuple[Array, ...]
+        self,
+        view: PageView,
+        ckv: tuple[LatentPool, ...],
+        kpe: tuple[Array, ...],
+        index_keys: tuple[QuantizedPool, ...] = (),
     ) -> "PagedLatentCache":
         """This cache after `view`'s tokens were written to the pools."""
-        return dataclasses.replace(self, ckv=ckv, kpe=kpe, lengths=view.length)
+        return dataclasses.replace(
+            self, ckv=ckv, kpe=kpe, index_keys=index_keys, lengths=view.length
+        )
 
     def with_rows(
         self, block_table: Int[Array, "batch max_pages"], lengths: Int[Array, " batch"]
@@ -216,8 +229,9 @@ class PagedLatentCache:
         def copied(pool: Array) -> Array:
             return pool.at[target].set(pool[source], mode="drop")
 
-        ckv, kpe = jax.tree.map(copied, (self.ckv, self.kpe))
-        return dataclasses.replace(self, ckv=ckv, kpe=kpe)
+        pools = self.ckv, self.kpe, self.index_keys
+        ckv, kpe, index_keys = jax.tree.map(copied, pools)
+        return dataclasses.replace(self, ckv=ckv, kpe=kpe, index_keys=index_keys)
 
 
 def _compacted(

@@ -62,6 +62,11 @@ _ATTENTION: tuple[_Row, ...] = (
     ("self_attn.kv_a_layernorm.weight", "attn.kv_norm.weight", ()),
     ("self_attn.kv_b_proj.weight", "attn.wkv_b.weight", ()),
     ("self_attn.o_proj.weight", "attn.wo.weight", ()),
+    ("self_attn.indexer.wq_b.weight", "attn.indexer.wq_b.weight", ()),
+    ("self_attn.indexer.wk.weight", "attn.indexer.wk.weight", ()),
+    ("self_attn.indexer.k_norm.weight", "attn.indexer.k_norm.weight", ()),
+    ("self_attn.indexer.k_norm.bias", "attn.indexer.k_norm.bias", ()),
+    ("self_attn.indexer.weights_proj.weight", "attn.indexer.weights_proj.weight", ()),
     ("post_attention_layernorm.weight", "ffn_norm.weight", ()),
 )
 _DENSE: tuple[_Row, ...] = (
@@ -123,7 +128,8 @@ def _entries(
                 layer += [(name.format(e=e), target, (e, *slot)) for name, target, slot in _EXPERT]
         rows += [(theirs + name, ours + target, slot) for name, target, slot in layer]
     for name, target, slot in rows:
-        # A model has one form of the query projection, and perhaps no head, bias or shared experts.
+        # A model has one form of the query projection, and perhaps no indexer, head, bias or
+        # shared experts.
         if target in parameters:
             yield _Entry(tensor=name, parameter=target, slot=slot)
 
@@ -272,11 +278,11 @@ def load_checkpoint(
 ) -> Decoder:
     """The model of a Hugging Face checkpoint directory, on the default device or on a mesh.
 
-    Reads config.json (`deepseek_v2` or `deepseek_v3`) and model.safetensors, or the shards that
-    model.safetensors.index.json lists. FP8 weights are multiplied by their block scales. dtype:
-    "float32", "bfloat16" or "float16"; None is bfloat16 if weights are FP8, else the checkpoint's
-    own (its config's, or if that gives none its embedding's). The router's correction bias stays
-    float32. mesh: the layout is `sharding.shard_model`'s.
+    Reads config.json (`deepseek_v2`, `deepseek_v3` or `deepseek_v32`) and model.safetensors, or the
+    shards that model.safetensors.index.json lists. FP8 weights are multiplied by their block
+    scales. dtype: "float32", "bfloat16" or "float16"; None is bfloat16 if weights are FP8, else the
+    checkpoint's own (its config's, or if that gives none its embedding's). The router's correction
+    bias and the indexer's norm stay float32. mesh: the layout is `sharding.shard_model`'s.
 
     Streams: see the module's docstring. Nothing is read but headers until every name, shape and
     dtype has been checked. Errors: CheckpointError, a ValueError, naming the file and the tensor or

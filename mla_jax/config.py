@@ -80,8 +80,8 @@ class MLAConfig:
 
     `q_lora_rank` 0 means a direct query projection. `rope_interleave` True rotates the pairs
     (x[2i], x[2i+1]), False the halves (x[i], x[i + R/2]). `index_n_heads` (0: none),
-    `index_head_dim` and `index_topk` are the sizes of an `nn.Indexer`, which chooses the tokens to
-    attend to (DeepSeek-V3.2, arXiv:2512.02556); `MLA` itself attends to all, whatever they are.
+    `index_head_dim` and `index_topk` are the sizes of an `nn.Indexer`, which chooses for each token
+    those that it attends to (DeepSeek-V3.2, arXiv:2512.02556).
     Errors: ValueError, naming the field.
 
     >>> MLAConfig(dim=64, n_heads=4, kv_lora_rank=32).qk_head_dim
@@ -254,7 +254,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
-        """Read a Hugging Face `config.json` of model type `deepseek_v2` or `deepseek_v3`.
+        """Read a Hugging Face `config.json`: `deepseek_v2`, `deepseek_v3` or `deepseek_v32`.
 
         Errors: ValueError naming the key that is missing or whose value is not supported.
         """
@@ -268,9 +268,10 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict:
-        """The Hugging Face `config.json` of this model: `deepseek_v2` if its routing is softmax.
+        """The Hugging Face `config.json` of this model.
 
-        Errors: ValueError for what that model type cannot say.
+        Its model type is `deepseek_v32` with an indexer, else `deepseek_v2` if its routing is
+        softmax, else `deepseek_v3`. Errors: ValueError for what that model type cannot say.
 
         >>> ModelConfig.from_hf(presets["tiny"].to_hf()) == presets["tiny"]
         True
@@ -366,3 +367,7 @@ presets: dict[str, ModelConfig] = {
         ),
     ),
 }
+# The same sizes, and an indexer in every layer.
+presets["deepseek-v3.2"] = dataclasses.replace(
+    presets["deepseek-v3"], mla=dataclasses.replace(presets["deepseek-v3"].mla, index_n_heads=64)
+)

@@ -12,6 +12,7 @@ from mla_jax.nn.feed_forward import FeedForward, MoE
 from mla_jax.nn.linear import einsum, normal_param
 from mla_jax.nn.mla import MLA, Rotation
 from mla_jax.nn.norm import RMSNorm
+from mla_jax.quantization import QuantizedPool
 from mla_jax.rope import rotation
 from mla_jax.sharding.layout import on_shards
 from mla_jax.sharding.mesh import MODEL_AXIS
@@ -57,17 +58,23 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "batch tokens dim"],
         ckv_pool: LatentPool,
         kpe_pool: Array,
+        index_pool: QuantizedPool | None,
         view: PageView,
         rope: Rotation,
         kernels: KernelChoice,
-    ) -> tuple[Array, LatentPool, Array]:
+    ) -> tuple[Array, LatentPool, Array, QuantizedPool | None]:
+        hidden, indices = self.attn_norm(x), None
+        if self.attn.indexer is not None and index_pool is not None:
+            q_lora = self.attn.query_latent(hidden)
+            indices, index_pool = self.attn.indexer.paged(hidden, q_lora, index_pool, view, rope)
         attended, ckv_pool, kpe_pool = self.attn.paged(
-            self.attn_norm(x),
+            hidden,
             *(ckv_pool, kpe_pool, view, rope),
+            indices=indices,
             backend=kernels.backend,
             interpret=kernels.interpret,
         )
-        return self.feed_forward(x + attended, kernels), ckv_pool, kpe_pool
+        return self.feed_forward(x + attended, kernels), ckv_pool, kpe_pool, index_pool
 
 
 class Decoder(nnx.Module):
@@ -117,14 +124,22 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"cache: got {len(cache.ckv)} layers, expected the model's {len(self.layers)}"
             )
+        indexed = self.config.mla.index_n_heads > 0
+        if indexed != bool(cache.index_keys):
+            had, wanted = ("no", "one") if indexed else ("an", "none")
+            raise ValueError(f"cache: got {had} indexer's keys, expected {wanted}, by the model")
         if tokens.shape[0] != cache.max_batch:
             raise ValueError(f"tokens: got {tokens.shape[0]} rows, expected {cache.max_batch=}")
         x = self.embed[...][tokens]
         rope = rotation(self.config.mla, view.positions)
-        ckv, kpe = list(cache.ckv), list(cache.kpe)
+        ckv, kpe, index_keys = list(cache.ckv), list(cache.kpe), list(cache.index_keys)
         for i, layer in enumerate(self.layers):
-            x, ckv[i], kpe[i] = layer.paged(x, ckv[i], kpe[i], view, rope, kernels)
-        return x, cache.advanced(view, tuple(ckv), tuple(kpe))
+            index_pool = index_keys[i] if index_keys else None
+            pools = ckv[i], kpe[i], index_pool
+            x, ckv[i], kpe[i], index_pool = layer.paged(x, *pools, view, rope, kernels)
+            if index_pool is not None:
+                index_keys[i] = index_pool
+        return x, cache.advanced(view, tuple(ckv), tuple(kpe), tuple(index_keys))
 
 
 def prefill(

@@ -2,12 +2,21 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from mla_jax.cache import PageView, write_pages
 from mla_jax.config import MLAConfig
-from mla_jax.indexer import lightning_indexer
+from mla_jax.indexer import (
+    IndexVectors,
+    hadamard,
+    lightning_indexer,
+    places,
+    quantize_vectors,
+    select_keys,
+)
 from mla_jax.nn.linear import Linear, einsum
 from mla_jax.nn.norm import LayerNorm
+from mla_jax.quantization import QuantizedPool
 from mla_jax.rope import apply_rotary
 
 
@@ -33,7 +42,7 @@ class Indexer(nnx.Module):
         heads, width, dtype = config.index_n_heads, config.index_head_dim, config.dtype
         self.wq_b = Linear(config.q_lora_rank, heads * width, dtype, rngs=rngs)
         self.wk = Linear(config.dim, width, dtype, rngs=rngs)
-        self.k_norm = LayerNorm(width, dtype)
+        self.k_norm = LayerNorm(width, "float32")  # as checkpoints have it
         self.weights_proj = Linear(config.dim, heads, dtype, rngs=rngs)
 
     def __call__(
@@ -47,6 +56,49 @@ class Indexer(nnx.Module):
         q_lora: the normalised query latent; rope: (cos, sin) at the tokens' positions.
         """
         return lightning_indexer(*self.project(x, q_lora, rope), topk=self.config.index_topk)
+
+    def visible(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        q_lora: Float[Array, "batch tokens rank"],
+        rope: tuple[Float[Array, "*#batch tokens half"], Float[Array, "*#batch tokens half"]],
+    ) -> Bool[Array, "batch tokens tokens"]:
+        """The choice among whole sequences as a mask: [b, i, j] if token i attends to token j."""
+        batch, tokens, _ = x.shape
+        chosen = self(x, q_lora, rope)
+        # An index of -1 would stand for the last token.
+        chosen = jnp.where(chosen < 0, tokens, chosen)
+        rows = jnp.arange(batch)[:, None, None], jnp.arange(tokens)[:, None]
+        return jnp.zeros((batch, tokens, tokens), bool).at[(*rows, chosen)].set(True, mode="drop")
+
+    def paged(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        q_lora: Float[Array, "batch tokens rank"],
+        pool: QuantizedPool,
+        view: PageView,
+        rope: tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]],
+    ) -> tuple[Int[Array, "batch tokens topk"] | None, QuantizedPool]:
+        """Write the tokens' keys to their pages, then choose among all that each row has cached.
+
+        Returns (indices as `mla_jax.mla_sparse_decode` takes them, pool). None stands for a choice
+        of everything: where no row has pages for more than index_topk tokens.
+        """
+        q, k, weights = self.project(x, q_lora, rope)
+        pool = write_pages(pool, view, hadamard(k))
+        (batch, tokens, _), (num_pages, page_size, width) = x.shape, pool.shape
+        table, topk = view.page_ids.reshape(batch, -1), self.config.index_topk
+        if table.shape[1] * page_size <= topk:
+            return None, pool
+        ids = jnp.clip(table, 0, num_pages - 1)
+        keys = IndexVectors(
+            pool.values[ids].reshape(batch, -1, width), pool.scales[ids].reshape(batch, -1)
+        )
+        # A token that is not written sees nothing: its row may hold anything there.
+        new = jnp.arange(tokens, dtype=jnp.int32) < view.counts[:, None]
+        positions = jnp.where(new, view.positions, -1)
+        chosen = select_keys(quantize_vectors(q), keys, weights, positions, topk)
+        return places(chosen, table, page_size), pool
 
     def project(
         self,

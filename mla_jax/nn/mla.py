@@ -19,6 +19,7 @@ from mla_jax.cache import (
     write_pages,
 )
 from mla_jax.config import MLAConfig
+from mla_jax.nn.indexer import Indexer
 from mla_jax.nn.linear import Linear, einsum
 from mla_jax.nn.norm import RMSNorm
 from mla_jax.quantization import QuantizedPool
@@ -35,6 +36,7 @@ from pallas_kernels.causal_prefill import BACKENDS, CausalProblem, causal_prefil
 from pallas_kernels.merge import merge_states
 from pallas_kernels.paged_decode import paged_decode
 from pallas_kernels.paged_prefill import paged_prefill
+from pallas_kernels.token_sparse import token_sparse
 
 Rotation = tuple[Array, Array]
 AttnImpl = Literal["naive", "absorb"]
@@ -49,7 +51,8 @@ class MLA(nnx.Module):
     `naive` expands the latent to full keys and values; `absorb` folds that expansion into the
     query and the output, so that attention runs in the latent space: the same result, and a cache
     of kv_lora_rank + qk_rope_head_dim numbers a token. Weights are [out, in]; wq, wq_b and wkv_b
-    are annotated to split by heads, wo by its inputs.
+    are annotated to split by heads, wo by its inputs. With an indexer (`config.index_n_heads`) a
+    token attends to the index_topk tokens that it chooses among those up to its own.
 
     >>> from flax import nnx
     >>> config = MLAConfig(dim=32, n_heads=2, kv_lora_rank=16, dtype="float32")
@@ -85,6 +88,7 @@ class MLA(nnx.Module):
         self.wo = Linear(
             heads * config.v_head_dim, config.dim, dtype, rngs=rngs, shards=(None, MODEL_AXIS)
         )
+        self.indexer = Indexer(config, rngs=rngs) if config.index_n_heads else None
 
     @overload
     def __call__(self, x: Array, *, attn_impl: AttnImpl | None = None) -> Array: ...
@@ -109,8 +113,9 @@ class MLA(nnx.Module):
 
         Without a cache, whole sequences from position 0 -> out [B, S, dim]. With one (NaiveCache
         or AbsorbCache, which fixes `attn_impl`) the new tokens are appended -> (out, cache).
-        Errors: ValueError for an unknown attn_impl, one that is not the cache's, or a chunk longer
-        than the cache.
+        Errors: ValueError for an unknown attn_impl, one that is not the cache's, a chunk longer
+        than the cache, or a cache of more than index_topk tokens with an indexer, whose keys are
+        cached in pages alone.
         """
         batch, tokens, _ = x.shape
         impl = attn_impl or ("absorb" if isinstance(cache, AbsorbCache) else "naive")
@@ -135,8 +140,16 @@ class MLA(nnx.Module):
             raise ValueError(f"x: got {tokens} tokens at {start_pos}, cache has room for {time}")
 
         positions = start_pos + jnp.arange(tokens, dtype=jnp.int32)
-        q_nope, q_pe, ckv, kpe = self.project(x, rotation(self.config, positions))
+        rope = rotation(self.config, positions)
+        q_nope, q_pe, ckv, kpe = self.project(x, rope)
         visible = causal(positions, time)
+        if self.indexer is not None and time > self.config.index_topk:
+            if cache is not None:
+                raise ValueError(
+                    f"cache: got room for {time} tokens, expected at most "
+                    f"{self.config.index_topk=} with an indexer; pages can hold more"
+                )
+            visible = self.indexer.visible(x, self.query_latent(x), rope)
         if isinstance(filled, NaiveCache):
             k, v = self.expand(ckv, kpe)
             filled = NaiveCache(k=append(filled.k, k, start_pos), v=append(filled.v, v, start_pos))
@@ -157,12 +170,14 @@ class MLA(nnx.Module):
         view: PageView,
         rope: Rotation,
         *,
+        indices: Int[Array, "batch tokens topk"] | None = None,
         backend: str | None = None,
         interpret: bool = False,
     ) -> tuple[Array, LatentPool, Array]:
         """Write this call's tokens to the layer's pools, then attend over the rows' pages.
 
-        rope: (cos, sin) at view.positions. Returns (out [B, S, dim], ckv_pool, kpe_pool). On a
+        rope: (cos, sin) at view.positions. indices: what each token attends to, by the indexer's
+        `paged`; None: all tokens up to its own. Returns (out [B, S, dim], ckv_pool, kpe_pool). On a
         mesh the rows' pages are spread over its context axis: each device attends over its own.
         """
         batch, tokens, _ = x.shape
@@ -175,11 +190,12 @@ class MLA(nnx.Module):
         }
         # Only in the expanded form do the new keys, which all context devices have, stand apart.
         expanded = parts(CONTEXT_AXIS) > 1 or (self.expands(tokens) and self._has_expanded(backend))
-        if tokens > 1 and expanded:
+        if tokens > 1 and expanded and indices is None:
             new = (q_nope, q_pe, ckv, kpe)
             out, lse = self._prefill_expanded(*new, ckv_pool, kpe_pool, view, kernel)
         else:
-            out, lse = self._attend_pages(q_nope, q_pe, ckv_pool, kpe_pool, view, kernel)
+            pools = ckv_pool, kpe_pool
+            out, lse = self._attend_pages(q_nope, q_pe, *pools, view, indices, kernel)
         out = merge_over_context(out, lse).reshape(batch, tokens, -1)
         return sum_over_model(self.wo(out)), ckv_pool, kpe_pool
 
@@ -216,9 +232,10 @@ class MLA(nnx.Module):
         ckv_pool: LatentPool,
         kpe_pool: Array,
         view: PageView,
+        indices: Int[Array, "batch tokens topk"] | None,
         kernel: dict[str, Any],
     ) -> tuple[Float[Array, "batch tokens heads value"], Float[Array, "batch tokens heads"]]:
-        """Attention over all pages in the latent space: decode, and prefill of few tokens.
+        """Attention over pages in the latent space: decode, prefill of few tokens, chosen tokens.
 
         Returns (values, base-2 log-sum-exp).
         """
@@ -228,7 +245,11 @@ class MLA(nnx.Module):
         ckv, kv_scales = pool_and_scales(ckv_pool)
         pages = (ckv, kpe_pool, view.page_ids, view.start, held)
         kernel = {**kernel, "kv_scales": kv_scales}
-        if tokens == 1:
+        if indices is not None:
+            queries = (jax.lax.collapse(array, 0, 2) for array in (q_latent, q_pe))
+            chosen = jax.lax.collapse(indices, 0, 2)
+            out, lse = token_sparse(*queries, ckv, kpe_pool, chosen, **kernel)
+        elif tokens == 1:
             out, lse = paged_decode(q_latent, q_pe, *pages, **kernel)
         else:
             out, lse = paged_prefill(
@@ -300,7 +321,7 @@ class MLA(nnx.Module):
         """(q_nope, rotated q_pe, normalised latent, rotated k_pe) of tokens at `rope`'s places."""
         config = self.config
         cos, sin = rope
-        q = self.wq(x) if config.q_lora_rank == 0 else self.wq_b(self.q_norm(self.wq_a(x)))
+        q = self.wq(x) if config.q_lora_rank == 0 else self.wq_b(self.query_latent(x))
         q = q.reshape(*x.shape[:-1], -1, config.qk_head_dim)
         q_nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         q_pe = apply_rotary(
@@ -309,6 +330,12 @@ class MLA(nnx.Module):
         ckv, kpe = jnp.split(self.wkv_a(x), [config.kv_lora_rank], axis=-1)
         kpe = apply_rotary(kpe, cos, sin, interleave=config.rope_interleave)
         return q_nope, q_pe, self.kv_norm(ckv), kpe
+
+    def query_latent(
+        self, x: Float[Array, "batch tokens dim"]
+    ) -> Float[Array, "batch tokens rank"]:
+        """The normalised query latent; XLA makes it once for the queries and the indexer."""
+        return self.q_norm(self.wq_a(x))
 
     def _wkv_b(
         self,
@@ -344,10 +371,10 @@ class MLA(nnx.Module):
         k_pe = jnp.broadcast_to(kpe[:, :, None], (*k_nope.shape[:-1], kpe.shape[-1]))
         return jnp.concatenate([k_nope, k_pe], axis=-1), einsum("btc,hvc->bthv", ckv, w_v)
 
-    def _probs(self, scores: Array, visible: Bool[Array, "tokens time"]) -> Array:
+    def _probs(self, scores: Array, visible: Bool[Array, "*#batch tokens time"]) -> Array:
         """softmax over the visible keys, in float32, rounded to the model's dtype."""
         scores = scores * self.config.softmax_scale
-        scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
+        scores = jnp.where(visible[..., None, :], scores, -jnp.inf)
         return jax.nn.softmax(scores, axis=-1).astype(self.config.dtype)
 
     def _attend_naive(

@@ -76,7 +76,7 @@ def shard_model(model: Model, mesh: Mesh) -> Model:
 
     wq, wq_b and wkv_b are split by heads, wo by its inputs, the dense feed-forward by its hidden
     features, experts by their number, the head by the vocabulary, all over the axis `model`;
-    everything else is on every device. For a model that fits no single device, see
+    everything else, an indexer too, is on every device. For a model that fits no single device, see
     `load_checkpoint(mesh=...)`. Errors: ValueError if the mesh does not divide the model.
 
     >>> from mla_jax import Decoder, presets

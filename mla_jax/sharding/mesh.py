@@ -65,10 +65,16 @@ def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
 def check_mesh(config: ModelConfig | MLAConfig, mesh: Mesh | AbstractMesh) -> None:
     """ValueError unless everything that `mesh` splits over its model axis has that many parts.
 
+    An indexer is whole on every device and chooses among all of a row's tokens, so with one the
+    context axis must be 1.
+
     >>> from mla_jax import presets
     >>> check_mesh(presets["deepseek-v3"], make_mesh())
     """
     mla = config if isinstance(config, MLAConfig) else config.mla
+    context = axis_size(mesh, CONTEXT_AXIS)
+    if mla.index_n_heads and context > 1:
+        raise ValueError(f"mesh: got {context=}, expected 1 for a model with an indexer")
     split = {"n_heads": mla.n_heads}
     if isinstance(config, ModelConfig):
         moe = config.moe

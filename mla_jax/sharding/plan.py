@@ -109,7 +109,10 @@ def plan_decode(
 
     mla = config.mla
     latent = mla.kv_lora_rank + mla.qk_rope_head_dim
-    pools = pages * page_size * latent * item * config.n_layers
+    slot = latent * item
+    if mla.index_n_heads:
+        slot += mla.index_head_dim + jnp.dtype(jnp.float32).itemsize  # FP8 and a scale
+    pools = pages * page_size * slot * config.n_layers
     table = rows * (max_pages + 1) * jnp.dtype(jnp.int32).itemsize
     vocab = config.vocab if config.tie_embeddings else config.vocab // model
 
