@@ -1,0 +1,418 @@
+"""Models with an indexer: a decoder that attends to the tokens it chose, over pages."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drawn import drawn
+from flax import nnx
+from index_choice import check_choice, scores_of
+from meshed import mesh_of
+from oracles import QUICK_COMPILE, float64
+
+from mla_jax import (
+    Decoder,
+    MLAConfig,
+    ModelConfig,
+    PageAllocator,
+    PagedLatentCache,
+    decode_step,
+    generate,
+    prefill,
+)
+from mla_jax.cache import AbsorbCache
+from mla_jax.indexer import select_keys
+from mla_jax.nn import Indexer
+from mla_jax.rope import rotation
+from mla_jax.sharding import check_mesh, shard_model
+from mla_jax.sharding.plan import plan_decode
+
+TOPK, PAGE, BATCH, MAX_PAGES, NUM_PAGES = 64, 16, 3, 6, 20
+# Sizes that the Triton kernels take.
+CONFIG = ModelConfig(
+    vocab=40,
+    n_layers=2,
+    inter_dim=32,
+    mla=MLAConfig(
+        dim=32,
+        n_heads=2,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=16,
+        v_head_dim=8,
+        index_n_heads=4,
+        index_head_dim=32,
+        index_topk=TOPK,
+        dtype="float32",
+    ),
+)
+DENSE = dataclasses.replace(CONFIG, mla=dataclasses.replace(CONFIG.mla, index_n_heads=0))
+FP8 = jnp.float8_e4m3fn
+
+
+@functools.cache
+def model(seed: int) -> Decoder:
+    return drawn(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)), seed)
+
+
+@functools.cache
+def dense_model(seed: int) -> Decoder:
+    """The same weights without the indexer's."""
+    weights = dict(nnx.to_flat_state(nnx.state(model(seed))))
+    dense = nnx.eval_shape(lambda: Decoder(DENSE, rngs=nnx.Rngs(0)))
+    state = nnx.state(dense)
+    for path, variable in nnx.to_flat_state(state):
+        variable.set_value(weights[path].get_value())
+    nnx.update(dense, state)
+    return dense
+
+
+def make_tokens(rng: np.random.Generator, *shape: int) -> jax.Array:
+    return jnp.asarray(rng.integers(0, CONFIG.vocab, shape), jnp.int32)
+
+
+def make_cache(rng: np.random.Generator, config=CONFIG, dtype=None) -> PagedLatentCache:
+    """Rows of random pages; what no token was written to is NaN, in every pool."""
+    cache = PagedLatentCache.create(
+        config,
+        num_pages=NUM_PAGES,
+        page_size=PAGE,
+        max_batch=BATCH,
+        max_pages=MAX_PAGES,
+        dtype=dtype,
+    )
+    table = rng.permutation(NUM_PAGES)[: BATCH * MAX_PAGES].reshape(BATCH, MAX_PAGES)
+    poisoned = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), cache)
+    return poisoned.with_rows(jnp.asarray(table, jnp.int32), cache.lengths)
+
+
+def jitted(function, **options):
+    run = functools.partial(function, **options)
+    return jax.jit(run, donate_argnums=2, compiler_options=QUICK_COMPILE)
+
+
+@functools.cache
+def fill():
+    return jitted(prefill)
+
+
+@functools.cache
+def step():
+    return jitted(decode_step)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+def whole(model: Decoder, tokens: jax.Array) -> jax.Array:
+    return model(tokens)
+
+
+@pytest.fixture
+def chosen(monkeypatch) -> list[np.ndarray]:
+    """The positions that programs compiled from now on choose, one entry a layer and call."""
+    made: list[np.ndarray] = []
+
+    def recorded(*args):
+        positions = select_keys(*args)
+        jax.debug.callback(lambda x: made.append(np.asarray(x)), positions, ordered=True)
+        return positions
+
+    monkeypatch.setattr("mla_jax.nn.indexer.select_keys", recorded)
+    return made
+
+
+@functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+def given_the_choice(model: Decoder, tokens: jax.Array, visible: jax.Array):
+    """Whole sequences, layer i under the mask visible[i]: (logits, what the indexers multiply)."""
+    rope = rotation(model.config.mla, jnp.arange(tokens.shape[1], dtype=jnp.int32))
+    x, vectors = model.embed[...][tokens], []
+    for layer, mask in zip(model.layers, visible, strict=True):
+        hidden, indexer = layer.attn_norm(x), layer.attn.indexer
+        assert indexer is not None
+        vectors.append(indexer.project(hidden, layer.attn.query_latent(hidden), rope))
+        with mock.patch.object(Indexer, "visible", return_value=mask):
+            x = layer(x)
+    return model.logits(x), vectors
+
+
+def test_pages(seed, rng, chosen):
+    """Ragged chunks and steps, rows shorter and longer than index_topk, one without a page.
+
+    The choice is checked by float64's scores, and the logits by the forward without a cache under
+    that choice: a key whose score is as good as another's may be chosen in either's place.
+    """
+    total, chunks = 88, ((50, 0, 13), (34, 61, 0))
+    tokens = make_tokens(rng, BATCH, total)
+    cache, lengths = make_cache(rng), np.zeros(BATCH, int)
+    cache = cache.with_rows(cache.block_table.at[2, 1:].set(-1), cache.lengths)
+    run, got = jitted(prefill), {}
+    visible = np.zeros((CONFIG.n_layers, BATCH, total, total), bool)
+    choices: dict[tuple[int, int, int], np.ndarray] = {}
+
+    def keep(logits, counts):
+        jax.effects_barrier()
+        assert len(chosen) == CONFIG.n_layers
+        for layer, positions in enumerate(chosen):
+            for row in range(BATCH):
+                for i, ids in enumerate(positions[row]):
+                    if i >= counts[row]:
+                        assert (ids == -1).all()
+                        continue
+                    choices[layer, row, lengths[row] + i] = ids
+                    visible[layer, row, lengths[row] + i, ids[ids >= 0]] = True
+        chosen.clear()
+        lengths[:] += counts
+        for row in np.flatnonzero(counts):
+            got[row, lengths[row] - 1] = np.asarray(logits[row])
+
+    for counts in chunks:
+        at = np.minimum(lengths[:, None] + np.arange(61), total - 1)
+        chunk = jnp.take_along_axis(tokens, jnp.asarray(at), axis=1)
+        logits, cache = run(model(seed), chunk, cache, counts=jnp.asarray(counts, jnp.int32))
+        keep(logits, np.asarray(counts))
+    for kernels in ({"backend": "reference"}, {"backend": "triton", "interpret": True}):
+        run = jitted(decode_step, **kernels)
+        for _ in range(2):
+            logits, cache = run(model(seed), tokens[np.arange(BATCH), lengths], cache)
+            keep(logits, np.asarray([1, 1, lengths[2] < PAGE]))
+    np.testing.assert_array_equal(cache.lengths, lengths)
+    np.testing.assert_array_equal(lengths, [88, 65, PAGE])
+
+    for row, length in enumerate(lengths):  # where nothing was cached, anything but nothing
+        visible[:, row, length:, 0] = True
+    want, vectors = given_the_choice(model(seed), tokens, jnp.asarray(visible))
+    for (row, at), logits in got.items():
+        np.testing.assert_allclose(logits, want[row, at], rtol=0, atol=2e-5)
+    for layer, (q, k, weights) in enumerate(vectors):
+        scores = scores_of(q, k, weights)
+        for row, length in enumerate(lengths):
+            ids = np.stack([choices[layer, row, at] for at in range(length)])
+            check_choice(ids[None], scores[row : row + 1], np.arange(length)[None], TOPK)
+
+
+@pytest.mark.parametrize("attn_impl", ["naive", "absorb"])
+def test_whole_sequences(seed, rng, attn_impl):
+    """The forward without a cache attends to the indexer's choice, and to nothing else."""
+    layer = model(seed).layers[0].attn
+    x = jnp.asarray(rng.standard_normal((2, 80, 32)), jnp.float32)
+    rope = rotation(CONFIG.mla, jnp.arange(80, dtype=jnp.int32))
+
+    def run(x):
+        q_nope, q_pe, ckv, kpe = layer.project(x, rope)
+        heads = jnp.concatenate([q_nope, q_pe], axis=-1), *layer.expand(ckv, kpe)
+        ids = layer.indexer(x, layer.query_latent(x), rope)
+        return heads, ids, layer(x, attn_impl=attn_impl)
+
+    heads, ids, out = jax.jit(run, compiler_options=QUICK_COMPILE)(x)
+    q, k, v = (float64(array) for array in heads)
+    values = np.zeros(v.shape)
+    for b, i in np.ndindex(2, 80):
+        seen = np.asarray(ids[b, i])
+        seen = seen[seen >= 0]
+        assert len(seen) == min(i + 1, TOPK)
+        scores = np.einsum("hd,thd->ht", q[b, i], k[b, seen]) * CONFIG.mla.softmax_scale
+        probs = np.exp(scores - scores.max(axis=1, keepdims=True))
+        probs /= probs.sum(axis=1, keepdims=True)
+        values[b, i] = np.einsum("ht,thv->hv", probs, v[b, seen])
+    want = values.reshape(2, 80, -1) @ float64(layer.wo.weight[...]).T
+    np.testing.assert_allclose(out, want, rtol=0, atol=2e-5)
+
+
+def test_no_more_tokens_than_index_topk_is_dense(seed, rng):
+    """Up to index_topk tokens everything is chosen; the next one leaves some out."""
+    tokens = make_tokens(rng, BATCH, TOPK + 4)
+    counts = jnp.asarray([TOPK - 3, 1, TOPK - 1], jnp.int32)
+    want = np.asarray(whole(dense_model(seed), tokens))
+    logits, cache = fill()(model(seed), tokens, make_cache(rng), counts=counts)
+    lengths, rows = np.asarray(counts), np.arange(BATCH)
+    while lengths.max() < TOPK + 2:
+        error = np.abs(np.asarray(logits) - want[rows, lengths - 1]).max(axis=1)
+        assert (error[lengths <= TOPK] < 2e-5).all()
+        assert (error[lengths > TOPK] > 1e-3).all()
+        logits, cache = step()(model(seed), tokens[rows, lengths], cache)
+        lengths = lengths + 1
+
+
+def test_a_table_of_index_topk_tokens_needs_no_choice(seed, rng):
+    """The dense kernels run, and the keys are written all the same: a wider table may follow."""
+    tokens = make_tokens(rng, BATCH, 60)
+    narrow = make_cache(rng)
+    narrow = narrow.with_rows(narrow.block_table[:, : TOPK // PAGE], narrow.lengths)
+    wide = make_cache(np.random.default_rng(rng.integers(2**31)))
+    texts = [fill().lower(model(seed), tokens, cache).as_text() for cache in (narrow, wide)]
+    assert ["top_k" in text for text in texts] == [False, True]
+    table = np.asarray(narrow.block_table)
+    logits, narrow = fill()(model(seed), tokens, narrow)
+    wide = wide.with_rows(wide.block_table.at[:, : TOPK // PAGE].set(table), wide.lengths)
+    want, wide = fill()(model(seed), tokens, wide)
+    np.testing.assert_allclose(logits, want, rtol=0, atol=2e-5)
+    written = np.asarray([places_of(row, 60) for row in table]).reshape(-1)
+    for ours, theirs in zip(narrow.index_keys, wide.index_keys, strict=True):
+        keys = [
+            (float64(pool.values) * float64(pool.scales)).reshape(-1, 32)[written]
+            for pool in (ours, theirs)
+        ]
+        # Of e4m3, the last bit of three.
+        np.testing.assert_allclose(*keys, rtol=0.15, atol=1e-2)
+
+
+def places_of(pages: np.ndarray, tokens: int) -> np.ndarray:
+    at = np.arange(tokens)
+    return pages[at // PAGE] * PAGE + at % PAGE
+
+
+def test_one_program_for_all_lengths(seed, rng):
+    """From the first token to beyond index_topk, while tables move and rows pause."""
+    traces = 0
+
+    def counted(*args):
+        nonlocal traces
+        traces += 1
+        return decode_step(*args)
+
+    run, cache = jitted(counted), make_cache(rng)
+    full = cache.block_table
+    cache = cache.with_rows(full.at[1, 1:].set(-1), cache.lengths)
+    for i in range(TOPK + 4):
+        logits, cache = run(model(seed), make_tokens(rng, BATCH), cache)
+        if i == 40:
+            cache = cache.with_rows(full + 0, cache.lengths)
+    np.testing.assert_array_equal(cache.lengths, [68, PAGE + 27, 68])
+    assert np.isfinite(np.asarray(logits)).all()
+    assert traces == run._cache_size() == 1
+
+
+def test_in_place(seed, rng):
+    """Every pool of a donated cache is written where it lies, the indexer's too."""
+    cache = make_cache(rng)
+    sizes = jax.tree.map(lambda x: x.nbytes, cache)
+    assert len(jax.tree.leaves(cache.index_keys)) == 2 * CONFIG.n_layers
+    args = model(seed), jnp.zeros(BATCH, jnp.int32), cache
+    memory = step().lower(*args).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == sum(jax.tree.leaves(sizes))
+    step()(*args)
+    assert all(pool.is_deleted() for pool in jax.tree.leaves(cache.index_keys))
+
+
+def test_pools():
+    cache = PagedLatentCache.create(CONFIG, num_pages=3, page_size=8, max_batch=1, max_pages=2)
+    assert [pool.values.shape for pool in cache.index_keys] == [(3, 8, 32)] * 2
+    assert {pool.values.dtype for pool in cache.index_keys} == {jnp.dtype(FP8)}
+    assert {pool.scales.shape for pool in cache.index_keys} == {(3, 8, 1)}
+    assert {pool.scales.dtype for pool in cache.index_keys} == {jnp.dtype("float32")}
+    none = PagedLatentCache.create(DENSE, num_pages=3, page_size=8, max_batch=1, max_pages=2)
+    assert none.index_keys == ()
+
+
+def test_shared_prefix(seed, rng):
+    """Copy-on-write: a copied page has its tokens' index keys, and its row goes its own way."""
+    prompt, tails = make_tokens(rng, 1, TOPK + 2), make_tokens(rng, BATCH, 2)
+    allocator = PageAllocator(NUM_PAGES, page_size=PAGE, max_pages=MAX_PAGES)
+    root = allocator.allocate(TOPK + 2)
+    cache = make_cache(rng)
+    cache = cache.with_rows(jnp.asarray(allocator.table([root, None, None])), cache.lengths)
+    counts = jnp.asarray([TOPK + 2, 0, 0], jnp.int32)
+    sequences = jnp.concatenate([jnp.tile(prompt, (BATCH, 1)), tails], axis=1)
+    _, cache = fill()(model(seed), sequences, cache, counts=counts)
+
+    rows = [root, allocator.fork(root), allocator.fork(root)]
+    copies = [pair for row in rows for pair in allocator.extend(row, 2)]
+    assert len(copies) == 2
+    cache = cache.copy_pages(*jnp.asarray(copies, jnp.int32).T)
+    lengths = jnp.full(BATCH, TOPK + 2, jnp.int32)
+    cache = cache.with_rows(jnp.asarray(allocator.table(rows)), lengths)
+    want = whole(model(seed), sequences)
+    for i in range(2):
+        logits, cache = step()(model(seed), tails[:, i], cache)
+        np.testing.assert_allclose(logits, want[:, TOPK + 2 + i], rtol=0, atol=2e-5)
+
+
+def test_fp8_latents(seed, rng):
+    """Latents in FP8 move the logits by its rounding, the keys of the indexer not at all."""
+    tokens, table = make_tokens(rng, BATCH, TOPK + 4), int(rng.integers(2**31))
+    counts = jnp.full(BATCH, TOPK + 4, jnp.int32)
+    results = []
+    for dtype in (None, FP8):
+        cache = make_cache(np.random.default_rng(table), dtype=dtype)
+        _, cache = fill()(model(seed), tokens, cache, counts=counts)
+        first = np.asarray(cache.index_keys[0].values).view(np.uint8)
+        run = jitted(decode_step, backend="triton", interpret=True)
+        logits, _ = run(model(seed), tokens[:, 0], cache)
+        results.append((np.asarray(logits), first))
+    (plain, keys), (fp8, same_keys) = results
+    np.testing.assert_array_equal(same_keys, keys)
+    assert 0 < np.median(np.abs(fp8 - plain)) < 0.1 * plain.std()
+
+
+def test_generate(seed, rng):
+    """Prompts on both sides of index_topk: each next token is the forward's likeliest."""
+    lengths = TOPK + 1, 3, TOPK - 2
+    prompts = [rng.integers(0, CONFIG.vocab, length).tolist() for length in lengths]
+    made = generate(model(seed), prompts, max_new_tokens=3)
+    sequences = np.zeros((BATCH, TOPK + 4), np.int32)
+    for row, prompt, new in zip(sequences, prompts, made, strict=True):
+        row[: len(prompt) + 3] = [*prompt, *new]
+    logits = np.asarray(whole(model(seed), jnp.asarray(sequences)))
+    for row, length, new in zip(logits, lengths, made, strict=True):
+        assert row[length - 1 : length + 2].argmax(axis=-1).tolist() == new
+
+
+def test_mesh(seed, rng):
+    """Rows dealt out over `data`, heads over `model`; the plan counts the indexer's bytes."""
+    shape = {"data": 3, "model": 2}
+    mesh = mesh_of(shape)
+    tokens = make_tokens(rng, BATCH, TOPK + 4)
+    want = whole(model(seed), tokens)
+    cache = PagedLatentCache.create(
+        CONFIG,
+        num_pages=BATCH * MAX_PAGES,
+        page_size=PAGE,
+        max_batch=BATCH,
+        max_pages=MAX_PAGES,
+        mesh=mesh,
+    )
+    table = np.stack([rng.permutation(MAX_PAGES) for _ in range(BATCH)]).astype(np.int32)
+    table = jax.device_put(table, cache.block_table.sharding)
+    cache = cache.with_rows(table, cache.lengths)
+    sharded = shard_model(model(seed), mesh)
+
+    def put(array):
+        return jax.device_put(array, cache.lengths.sharding)
+
+    with jax.set_mesh(mesh):
+        _, cache = jitted(prefill)(sharded, put(tokens[:, :-1]), cache)
+        program = jitted(decode_step).lower(sharded, put(tokens[:, -1]), cache).compile()
+        logits, cache = program(sharded, put(tokens[:, -1]), cache)
+    np.testing.assert_allclose(logits, want[:, -1], rtol=0, atol=3e-5)
+    plan = plan_decode(CONFIG, batch=BATCH, tokens=MAX_PAGES * PAGE, page_size=PAGE, **shape)
+    memory = program.memory_analysis()
+    assert memory.argument_size_in_bytes == plan.weight_bytes + plan.cache_bytes + 4
+    assert memory.alias_size_in_bytes == plan.cache_bytes
+
+
+def test_refusals(seed, rng):
+    tokens = jnp.zeros(BATCH, jnp.int32)
+    with pytest.raises(ValueError, match=r"^cache: got no indexer's keys, expected one, by the mo"):
+        decode_step(model(seed), tokens, make_cache(rng, DENSE))
+    with pytest.raises(
+        ValueError, match=r"^cache: got an indexer's keys, expected none, by the mo"
+    ):
+        decode_step(dense_model(seed), tokens, make_cache(rng))
+    layer = model(seed).layers[0].attn
+    cache = AbsorbCache.create(CONFIG.mla, batch=1, max_seq_len=TOPK + 1)
+    with pytest.raises(ValueError, match=r"^cache: got room for 65 tokens, expected at most self"):
+        layer(jnp.ones((1, 3, 32)), cache)
+    layer(jnp.ones((1, 3, 32)), AbsorbCache.create(CONFIG.mla, batch=1, max_seq_len=TOPK))
+    with pytest.raises(
+        ValueError, match=r"^mesh: got context=2, expected 1 for a model with an in"
+    ):
+        check_mesh(CONFIG, mesh_of({"context": 2}))
+    with pytest.raises(NotImplementedError, match=r"^backend 'mosaic_gpu' has no token_sparse"):
+        jax.eval_shape(
+            lambda cache: decode_step(model(seed), tokens, cache, backend="mosaic_gpu"),
+            make_cache(rng),
+        )
