@@ -1,11 +1,14 @@
 """Token-sparse attention lowers for an H200 on a machine without a GPU."""
 
+import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from interpreted import needs_mosaic_gpu
 from jax import ShapeDtypeStruct as Shape
-from lowered import MOSAIC_CALL, cuda, kernels
+from lowered import MOSAIC_CALL, TRITON_CALL, cuda, kernels
 
+from mla_jax import Decoder, MLAConfig, ModelConfig, PagedLatentCache, decode_step
 from pallas_kernels.token_sparse import token_sparse
 
 SPLIT = ["mla_paged_attention", "mla_paged_merge"]
@@ -74,3 +77,25 @@ def test_fp8_cache(heads, layout):
         *args,
     )
     assert launched == SPLIT
+
+
+@pytest.mark.parametrize("dtype", [None, "float8_e4m3fn"])
+def test_decode_step(dtype):
+    """DeepSeek-V3.2's attention: a choice and a kernel a layer, with pages for more than topk."""
+    mla = MLAConfig(dim=256, n_heads=128, q_lora_rank=128, index_n_heads=64)
+    config = ModelConfig(vocab=512, n_layers=2, inter_dim=256, mla=mla)
+    definition, weights = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+
+    def step(weights, tokens, cache):
+        return decode_step(nnx.merge(definition, weights), tokens, cache, backend="triton")
+
+    for max_pages, choices in ((64, 2), (32, 0)):
+        cache = jax.eval_shape(
+            lambda max_pages=max_pages: PagedLatentCache.create(
+                config, num_pages=4096, max_batch=4, max_pages=max_pages, dtype=dtype
+            )
+        )
+        text = cuda(step, weights, Shape((4,), jnp.int32), cache)
+        assert text.count("top_k(") == choices
+        if choices:
+            assert TRITON_CALL.findall(text) == SPLIT * 2

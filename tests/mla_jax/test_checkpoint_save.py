@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors import safe_open
 
 from mla_jax import Decoder, ModelConfig, presets
 from mla_jax.checkpoint import load_checkpoint, save_checkpoint
@@ -13,6 +16,11 @@ from mla_jax.checkpoint import load_checkpoint, save_checkpoint
 RandomModel = Callable[[ModelConfig], Decoder]
 
 TINY = presets["tiny"]
+INDEXED = dataclasses.replace(
+    TINY,
+    n_layers=2,
+    mla=dataclasses.replace(TINY.mla, index_n_heads=3, index_head_dim=32, dtype="bfloat16"),
+)
 OTHER = dataclasses.replace(TINY, vocab=300, tie_embeddings=True)
 
 
@@ -66,3 +74,36 @@ def test_what_hugging_face_cannot_say_is_not_saved(
     with pytest.raises(ValueError, match="normalize: got True"):
         save_checkpoint(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_indexers_tensors(tmp_path: Path, random_model: RandomModel) -> None:
+    """Under the names of DeepSeek-V3.2's checkpoints, whose norm of the keys is float32."""
+    model = random_model(INDEXED)
+    save_checkpoint(model, tmp_path)
+    ours = {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    shapes = {
+        "wq_b.weight": ((96, 96), "BF16"),
+        "wk.weight": ((32, 192), "BF16"),
+        "k_norm.weight": ((32,), "F32"),
+        "k_norm.bias": ((32,), "F32"),
+        "weights_proj.weight": ((3, 192), "BF16"),
+    }
+    with safe_open(tmp_path / "model.safetensors", framework="flax") as stored:
+        names = [name for name in stored.keys() if ".indexer." in name]  # noqa: SIM118
+        assert len(names) == 2 * len(shapes)
+        for layer in range(2):
+            for name, (shape, dtype) in shapes.items():
+                tensor = f"model.layers.{layer}.self_attn.indexer.{name}"
+                header = stored.get_slice(tensor)
+                assert (tuple(header.get_shape()), header.get_dtype()) == (shape, dtype)
+                value = ours[f"layers.{layer}.attn.indexer.{name}"]
+                np.testing.assert_array_equal(stored.get_tensor(tensor), value)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.config == INDEXED
+    for path, variable in nnx.to_flat_state(nnx.state(loaded)):
+        value = ours[".".join(map(str, path))]
+        assert variable.dtype == value.dtype
+        assert jnp.array_equal(variable.get_value(), value), path

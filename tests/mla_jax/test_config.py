@@ -101,6 +101,7 @@ def test_the_presets_scales() -> None:
     assert scales["deepseek-v2-lite"] == pytest.approx(0.1147213868, abs=1e-10)
     assert scales["deepseek-v2"] == pytest.approx(0.1352337789, abs=1e-10)
     assert scales["deepseek-v3"] == pytest.approx(0.1352337789, abs=1e-10)
+    assert scales["deepseek-v3.2"] == scales["deepseek-v3"]
 
 
 @pytest.mark.parametrize(

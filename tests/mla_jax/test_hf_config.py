@@ -89,6 +89,12 @@ HF_V3 = HF_V2 | {
     "num_nextn_predict_layers": 1,
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
+HF_V32 = HF_V3 | {
+    "model_type": "deepseek_v32",
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+}
 YARN_0707 = YarnConfig(factor=40.0, mscale=0.707, mscale_all_dim=0.707)
 
 
@@ -100,6 +106,7 @@ def test_the_released_configs_are_the_presets() -> None:
     assert ModelConfig.from_hf(HF_V2_LITE) == presets["deepseek-v2-lite"]
     assert ModelConfig.from_hf(HF_V2) == with_mla(presets["deepseek-v2"], yarn=YARN_0707)
     assert ModelConfig.from_hf(HF_V3) == presets["deepseek-v3"]
+    assert ModelConfig.from_hf(HF_V32) == presets["deepseek-v3.2"]
 
 
 @pytest.mark.parametrize("hf", [HF_V2_LITE, HF_V2, HF_V3], ids=["v2-lite", "v2", "v3"])
@@ -120,6 +127,19 @@ def test_rope_without_yarn() -> None:
     newer = {key: value for key, value in plain.items() if not key.startswith("rope_")}
     newer["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000}
     assert ModelConfig.from_hf(newer) == ModelConfig.from_hf(plain)
+
+
+def test_layers_of_a_model_with_an_indexer() -> None:
+    """What transformers writes of them, and what changes nothing when it is false."""
+    layers = {
+        "layer_types": ["indexed_attention"] * 61,
+        "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58,
+        "indexer_rope_interleave": False,
+    }
+    assert ModelConfig.from_hf(HF_V32 | layers) == presets["deepseek-v3.2"]
+    sizes = {"index_n_heads": 3, "index_head_dim": 64, "index_topk": 128}
+    mla = ModelConfig.from_hf(HF_V32 | sizes).mla
+    assert (mla.index_n_heads, mla.index_head_dim, mla.index_topk) == (3, 64, 128)
 
 
 def test_yarn_is_on_by_its_type_and_not_by_length() -> None:
@@ -221,6 +241,20 @@ def test_the_newer_spelling_of_dtype_wins() -> None:
         (HF_V3, {"bos_token_id": 0.5}, "bos_token_id = 0.5"),
         (HF_V3, {"eos_token_id": 129280}, "eos_ids: got 129280"),
         (HF_V3, {"topk_group": 9}, "n_limited_groups: got 9"),
+        (HF_V32, {"index_topk": None}, "missing key 'index_topk'"),
+        (HF_V32, {"index_n_heads": 0}, "index_n_heads = 0"),
+        (HF_V32, {"index_topk": 100}, "index_topk: got 100"),
+        (HF_V32, {"index_head_dim": 96}, "index_head_dim: got 96"),
+        (HF_V32, {"q_lora_rank": None}, "q_lora_rank: got 0 with an indexer"),
+        (HF_V32, {"rope_interleave": False}, "rope_interleave = False"),
+        (HF_V32, {"indexer_rope_interleave": True}, "indexer_rope_interleave = True"),
+        (HF_V32, {"index_topk_freq": 4}, "index_topk_freq = 4"),
+        (HF_V32, {"layer_types": ["full_attention"] * 61}, "layer_types = .*61 times indexed_att"),
+        (
+            HF_V32,
+            {"mlp_layer_types": ["sparse"] * 61},
+            "mlp_layer_types = .*3 times dense, then 58",
+        ),
     ],
 )
 def test_refused_by_name(base: dict[str, Any], changes: dict[str, Any], words: str) -> None:
@@ -272,6 +306,9 @@ def test_written_and_read_back(name: str, dtype: str) -> None:
 def test_the_model_type_follows_the_routing() -> None:
     assert presets["deepseek-v2"].to_hf()["model_type"] == "deepseek_v2"
     assert presets["deepseek-v3"].to_hf()["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert "index_topk" not in presets["deepseek-v3"].to_hf()
+    assert presets["deepseek-v3.2"].to_hf()["model_type"] == "deepseek_v32"
+    assert presets["deepseek-v3.2"].to_hf()["architectures"] == ["DeepseekV32ForCausalLM"]
 
 
 def test_what_a_model_type_cannot_say() -> None:
@@ -282,3 +319,7 @@ def test_what_a_model_type_cannot_say() -> None:
     normalized = dataclasses.replace(softmax.moe, normalize=True)
     with pytest.raises(ValueError, match="normalize: got True"):
         dataclasses.replace(softmax, moe=normalized).to_hf()
+    with pytest.raises(ValueError, match="score: got 'softmax' with an indexer"):
+        with_mla(softmax, index_n_heads=4).to_hf()
+    with pytest.raises(ValueError, match=r"rope_interleave: got False, which deepseek_v32"):
+        with_mla(presets["deepseek-v3.2"], rope_interleave=False).to_hf()

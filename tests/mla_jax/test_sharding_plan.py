@@ -79,6 +79,16 @@ def test_deepseek_v3_by_hand():
     )
 
 
+def test_an_indexers_keys_by_hand():
+    """128 numbers of a byte and a scale a token; its weights are whole on every device."""
+    sizes = {"batch": 128, "tokens": 4096, "data": 2, "model": 16}
+    plain, plan = (plan_decode(presets[f"deepseek-{name}"], **sizes) for name in ("v3", "v3.2"))
+    assert plan.cache_bytes - plain.cache_bytes == 64 * 4096 * (128 + 4) * 61
+    indexer = 64 * 128 * 1536 + 128 * 7168 + 64 * 7168
+    assert plan.weight_bytes - plain.weight_bytes == 61 * (2 * indexer + 2 * 128 * 4)
+    assert plan.messages == plain.messages
+
+
 def test_the_time_of_messages():
     plan = plan_decode(CONFIG, batch=8, tokens=64, model=2, context=4)
     reduce, gather = plan.messages
@@ -115,6 +125,10 @@ def test_the_command_line(capsys):
         (("--mesh", "model=3"), "mesh: got model=3, expected a divisor of n_heads=16"),
         (("--mesh", "data=2"), "max_batch: got 1, expected a multiple of the mesh's data=2"),
         (("--batch", "0"), "batch: got 0, expected at least 1"),
+        (
+            ("--preset", "deepseek-v3.2", "--mesh", "context=2"),
+            "mesh: got context=2, expected 1 for a model with an indexer",
+        ),
         (("--link-us", "3"), "--link-gb-s: got none, expected both numbers of the link or neither"),
     ],
 )
