@@ -76,14 +76,16 @@ def paged_table() -> report.Table:
 
 def choices_table() -> report.Table:
     """What a call that names no backend gets, by model and device."""
-    rows = []
+    columns, rows = [], []
     for preset in presets:
         for device in (H200, A100, CPU):
             abstract = AbstractDevice(device.kind, device.num_cores, device.platform)
             with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
                 found = diagnose(preset, 64)["operations"]
-            rows.append((f"{preset}, {device.kind}", *(found[op]["runs"] for op in found)))
-    return report.Table(columns=("model, device", *found), rows=tuple(rows))
+            columns += [op for op in found if op not in columns]
+            rows.append((f"{preset}, {device.kind}", {op: found[op]["runs"] for op in found}))
+    cells = ((name, *(runs.get(op, "–") for op in columns)) for name, runs in rows)
+    return report.Table(columns=("model, device", *columns), rows=tuple(cells))
 
 
 def support() -> str:

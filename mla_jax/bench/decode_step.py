@@ -1,7 +1,8 @@
 """The decode step and its kernels: milliseconds a token beside the bytes that must move.
 
 A step's floor: every weight once, of the experts only those that some token chose (counted from
-the routers), the latent cache of every row once, at the bandwidth measured in the same run.
+the routers), the cache of every row once (of the latents only those that an indexer may choose),
+at the bandwidth measured in the same run.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from mla_jax.generate import BLOCK_STEPS, decode_block
 from mla_jax.nn import Decoder
 from mla_jax.nn.decoder import KernelChoice
 from mla_jax.nn.feed_forward import MoE
+from mla_jax.quantization import QuantizedPool
 from mla_jax.rope import rotation
 from mla_jax.sampling import Sampler
 from pallas_kernels.expert_ffn import expert_ffn
@@ -103,14 +105,14 @@ def experts_chosen(model: Decoder, tokens: jax.Array, cache: PagedLatentCache) -
     view = cache.view(1, jnp.ones_like(cache.lengths))
     rope = rotation(model.config.mla, view.positions)
     x = model.embed[...][tokens[:, None]]
-    chosen = []
-    for layer, ckv, kpe in zip(model.layers, cache.ckv, cache.kpe, strict=True):
-        attended, _, _ = layer.attn.paged(layer.attn_norm(x), ckv, kpe, view, rope)
-        x = x + attended
+    chosen, kernels = [], KernelChoice()
+    index_keys = cache.index_keys or (None,) * len(model.layers)
+    for layer, *pools in zip(model.layers, cache.ckv, cache.kpe, index_keys, strict=True):
+        x, *_ = layer.attend(x, *pools, view, rope, kernels)
         if isinstance(layer.ffn, MoE):
             rows = layer.ffn_norm(x).reshape(x.shape[0], -1)
             chosen.append(layer.ffn.router(rows)[0])
-        x = layer.feed_forward(x, KernelChoice())
+        x = layer.feed_forward(x, kernels)
     return chosen
 
 
@@ -124,8 +126,12 @@ def bytes_a_step(model: Decoder, experts: list[int], batch: int, length: int) ->
     for ffn, count in zip(moe_layers, experts, strict=True):
         stacked = ffn.gate_up[...].nbytes + ffn.down[...].nbytes
         total -= stacked - stacked // ffn.down[...].shape[0] * count
-    width = config.mla.kv_lora_rank + config.mla.qk_rope_head_dim
-    return total + batch * length * width * jnp.dtype(config.dtype).itemsize * config.n_layers
+    mla = config.mla
+    latent = (mla.kv_lora_rank + mla.qk_rope_head_dim) * jnp.dtype(config.dtype).itemsize
+    row = length * latent
+    if mla.index_n_heads:  # every key of the indexer, with its scale, and the latents it chose
+        row = length * (mla.index_head_dim + 4) + min(length, mla.index_topk) * latent
+    return total + batch * row * config.n_layers
 
 
 def bench_step(model: Decoder, batch: int, length: int, ceiling: float, seed: int = 0) -> Row:
@@ -138,11 +144,17 @@ def bench_step(model: Decoder, batch: int, length: int, ceiling: float, seed: in
         config, num_pages=batch * per_row, max_batch=batch, max_pages=per_row
     )
     # Zeros would make every score equal; what a model caches has about unit variance.
-    keys = iter(jax.random.split(jax.random.key(seed), 2 * config.n_layers))
+    keys = iter(jax.random.split(jax.random.key(seed), 3 * config.n_layers))
     cache = dataclasses.replace(
         cache,
         ckv=tuple(jax.random.normal(next(keys), p.shape, p.dtype) for p in cache.ckv),
         kpe=tuple(jax.random.normal(next(keys), p.shape, p.dtype) for p in cache.kpe),
+        index_keys=tuple(
+            QuantizedPool(
+                jax.random.normal(next(keys), p.shape).astype(p.dtype), jnp.ones_like(p.scales)
+            )
+            for p in cache.index_keys
+        ),
     )
     lengths = jnp.full(batch, length, jnp.int32)
     cache = cache.with_rows(jnp.asarray(table), lengths)

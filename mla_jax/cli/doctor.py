@@ -40,7 +40,14 @@ def diagnose(preset: str, page_size: int) -> dict:
     """What `doctor` prints, as plain data."""
     import jax
 
-    from pallas_kernels import causal_prefill, expert_ffn, paged_decode, paged_prefill, routing
+    from pallas_kernels import (
+        causal_prefill,
+        expert_ffn,
+        paged_decode,
+        paged_prefill,
+        routing,
+        token_sparse,
+    )
     from pallas_kernels.backend import Backend, choose, explain
     from pallas_kernels.device import current_device
     from pallas_kernels.paged_attention import PagedProblem
@@ -66,6 +73,13 @@ def diagnose(preset: str, page_size: int) -> dict:
             PagedProblem(op="paged_prefill", tokens=0, **attention),
         ),
     }
+    if mla.index_n_heads:
+        # A query's indices are its pages, of one token each.
+        chosen = {**attention, "num_ids": mla.index_topk}
+        problems["token_sparse"] = (
+            token_sparse.BACKENDS,
+            PagedProblem(op="token_sparse", tokens=0, **chosen),
+        )
     problems["causal_prefill"] = (
         causal_prefill.BACKENDS,
         causal_prefill.CausalProblem(

@@ -53,7 +53,7 @@ class DecoderLayer(nnx.Module):
         x = x + self.attn(self.attn_norm(x), attn_impl="naive")
         return self.feed_forward(x, KernelChoice(backend="reference"))
 
-    def paged(
+    def attend(
         self,
         x: Float[Array, "batch tokens dim"],
         ckv_pool: LatentPool,
@@ -63,6 +63,7 @@ class DecoderLayer(nnx.Module):
         rope: Rotation,
         kernels: KernelChoice,
     ) -> tuple[Array, LatentPool, Array, QuantizedPool | None]:
+        """(x + attention, the pools with this call's tokens): the layer's first half."""
         hidden, indices = self.attn_norm(x), None
         if self.attn.indexer is not None and index_pool is not None:
             q_lora = self.attn.query_latent(hidden)
@@ -74,7 +75,7 @@ class DecoderLayer(nnx.Module):
             backend=kernels.backend,
             interpret=kernels.interpret,
         )
-        return self.feed_forward(x + attended, kernels), ckv_pool, kpe_pool, index_pool
+        return x + attended, ckv_pool, kpe_pool, index_pool
 
 
 class Decoder(nnx.Module):
@@ -136,7 +137,8 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(self.layers):
             index_pool = index_keys[i] if index_keys else None
             pools = ckv[i], kpe[i], index_pool
-            x, ckv[i], kpe[i], index_pool = layer.paged(x, *pools, view, rope, kernels)
+            x, ckv[i], kpe[i], index_pool = layer.attend(x, *pools, view, rope, kernels)
+            x = layer.feed_forward(x, kernels)
             if index_pool is not None:
                 index_keys[i] = index_pool
         return x, cache.advanced(view, tuple(ckv), tuple(kpe), tuple(index_keys))

@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from drawn import drawn
 from flax import nnx
 
 from mla_jax import Decoder, presets
@@ -37,6 +38,21 @@ def test_bytes_count_touched_experts_only():
     cache = 3 * 100 * (mla.kv_lora_rank + mla.qk_rope_head_dim) * CONFIG.n_layers
     by_hand = 4 * (2 * attention + dense + experts + norms + head + cache)
     assert decode_step.bytes_a_step(model, [2], batch=3, length=100) == by_hand
+
+
+def test_bytes_count_what_an_indexer_reads():
+    """Of 100 tokens each every key of 32 bytes with its scale, and 64 latents."""
+    mla = dataclasses.replace(CONFIG.mla, index_n_heads=2, index_head_dim=32, index_topk=64)
+    plain, indexed = (
+        drawn(lambda of=of: Decoder(of, rngs=nnx.Rngs(0)), 0)
+        for of in (dataclasses.replace(CONFIG, n_layers=1, mla=of) for of in (CONFIG.mla, mla))
+    )
+    weights = 2 * 32 * mla.q_lora_rank + 32 * mla.dim + 2 * 32 + 2 * mla.dim
+    latent = mla.kv_lora_rank + mla.qk_rope_head_dim
+    more = 4 * weights + 3 * 100 * (32 + 4) - 4 * 3 * (100 - 64) * latent
+    counted = (decode_step.bytes_a_step(of, [], batch=3, length=100) for of in (indexed, plain))
+    assert next(counted) - next(counted) == more
+    assert decode_step.bench_step(indexed, 2, 70, ceiling=10.0)["compilations"] == 1
 
 
 def test_a_step_is_measured_without_compiling_again():

@@ -133,6 +133,17 @@ def test_doctor_names_what_a_call_gets(capsys, preset, mesh, backend):
     assert operations["paged_prefill"]["runs"] == "triton"
 
 
+def test_doctor_names_what_a_model_with_an_indexer_gets(capsys):
+    with jax.sharding.use_abstract_mesh(H200):
+        reports = [
+            json.loads(run(capsys, "doctor", "--json", "--preset", f"deepseek-{name}")[1])
+            for name in ("v3", "v3.2")
+        ]
+    plain, indexed = (report["operations"] for report in reports)
+    assert indexed.pop("token_sparse") == {"runs": "triton", "not": {}}
+    assert indexed == plain
+
+
 def test_doctor_names_the_backends_and_the_reasons(capsys):
     status, out, _ = run(capsys, "doctor", "--json")
     report = json.loads(out)

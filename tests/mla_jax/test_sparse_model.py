@@ -194,9 +194,8 @@ def test_pages(seed, rng, chosen):
             check_choice(ids[None], scores[row : row + 1], np.arange(length)[None], TOPK)
 
 
-@pytest.mark.parametrize("attn_impl", ["naive", "absorb"])
-def test_whole_sequences(seed, rng, attn_impl):
-    """The forward without a cache attends to the indexer's choice, and to nothing else."""
+def test_whole_sequences(seed, rng):
+    """The forward without a cache, in both forms: the indexer's choice, and nothing else."""
     layer = model(seed).layers[0].attn
     x = jnp.asarray(rng.standard_normal((2, 80, 32)), jnp.float32)
     rope = rotation(CONFIG.mla, jnp.arange(80, dtype=jnp.int32))
@@ -205,9 +204,9 @@ def test_whole_sequences(seed, rng, attn_impl):
         q_nope, q_pe, ckv, kpe = layer.project(x, rope)
         heads = jnp.concatenate([q_nope, q_pe], axis=-1), *layer.expand(ckv, kpe)
         ids = layer.indexer(x, layer.query_latent(x), rope)
-        return heads, ids, layer(x, attn_impl=attn_impl)
+        return heads, ids, (layer(x, attn_impl="naive"), layer(x, attn_impl="absorb"))
 
-    heads, ids, out = jax.jit(run, compiler_options=QUICK_COMPILE)(x)
+    heads, ids, outs = jax.jit(run, compiler_options=QUICK_COMPILE)(x)
     q, k, v = (float64(array) for array in heads)
     values = np.zeros(v.shape)
     for b, i in np.ndindex(2, 80):
@@ -219,7 +218,8 @@ def test_whole_sequences(seed, rng, attn_impl):
         probs /= probs.sum(axis=1, keepdims=True)
         values[b, i] = np.einsum("ht,thv->hv", probs, v[b, seen])
     want = values.reshape(2, 80, -1) @ float64(layer.wo.weight[...]).T
-    np.testing.assert_allclose(out, want, rtol=0, atol=2e-5)
+    for out in outs:
+        np.testing.assert_allclose(out, want, rtol=0, atol=2e-5)
 
 
 def test_no_more_tokens_than_index_topk_is_dense(seed, rng):
@@ -239,16 +239,17 @@ def test_no_more_tokens_than_index_topk_is_dense(seed, rng):
 
 def test_a_table_of_index_topk_tokens_needs_no_choice(seed, rng):
     """The dense kernels run, and the keys are written all the same: a wider table may follow."""
-    tokens = make_tokens(rng, BATCH, 60)
+    tokens, counts = make_tokens(rng, BATCH, TOPK + 4), jnp.full(BATCH, 60, jnp.int32)
     narrow = make_cache(rng)
     narrow = narrow.with_rows(narrow.block_table[:, : TOPK // PAGE], narrow.lengths)
     wide = make_cache(np.random.default_rng(rng.integers(2**31)))
-    texts = [fill().lower(model(seed), tokens, cache).as_text() for cache in (narrow, wide)]
+    part = tokens[:, :60]
+    texts = [fill().lower(model(seed), part, cache).as_text() for cache in (narrow, wide)]
     assert ["top_k" in text for text in texts] == [False, True]
     table = np.asarray(narrow.block_table)
-    logits, narrow = fill()(model(seed), tokens, narrow)
+    logits, narrow = fill()(model(seed), part, narrow)
     wide = wide.with_rows(wide.block_table.at[:, : TOPK // PAGE].set(table), wide.lengths)
-    want, wide = fill()(model(seed), tokens, wide)
+    want, wide = fill()(model(seed), tokens, wide, counts=counts)
     np.testing.assert_allclose(logits, want, rtol=0, atol=2e-5)
     written = np.asarray([places_of(row, 60) for row in table]).reshape(-1)
     for ours, theirs in zip(narrow.index_keys, wide.index_keys, strict=True):
