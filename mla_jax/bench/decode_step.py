@@ -107,8 +107,8 @@ def experts_chosen(model: Decoder, tokens: jax.Array, cache: PagedLatentCache) -
     x = model.embed[...][tokens[:, None]]
     chosen, kernels = [], KernelChoice()
     index_keys = cache.index_keys or (None,) * len(model.layers)
-    for layer, *pools in zip(model.layers, cache.ckv, cache.kpe, index_keys, strict=True):
-        x, *_ = layer.attend(x, *pools, view, rope, kernels)
+    for layer, ckv, kpe, index in zip(model.layers, cache.ckv, cache.kpe, index_keys, strict=True):
+        x, *_ = layer.attend(x, ckv, kpe, index, view, rope, kernels)
         if isinstance(layer.ffn, MoE):
             rows = layer.ffn_norm(x).reshape(x.shape[0], -1)
             chosen.append(layer.ffn.router(rows)[0])

@@ -246,9 +246,10 @@ class MLA(nnx.Module):
         pages = (ckv, kpe_pool, view.page_ids, view.start, held)
         kernel = {**kernel, "kv_scales": kv_scales}
         if indices is not None:
-            queries = (jax.lax.collapse(array, 0, 2) for array in (q_latent, q_pe))
-            chosen = jax.lax.collapse(indices, 0, 2)
-            out, lse = token_sparse(*queries, ckv, kpe_pool, chosen, **kernel)
+            q_latents, q_pes, chosen = (
+                jax.lax.collapse(array, 0, 2) for array in (q_latent, q_pe, indices)
+            )
+            out, lse = token_sparse(q_latents, q_pes, ckv, kpe_pool, chosen, **kernel)
         elif tokens == 1:
             out, lse = paged_decode(q_latent, q_pe, *pages, **kernel)
         else:

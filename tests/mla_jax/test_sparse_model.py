@@ -8,107 +8,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn import drawn
-from flax import nnx
 from index_choice import check_choice, scores_of
+from indexed import (
+    BATCH,
+    CONFIG,
+    MAX_PAGES,
+    PAGE,
+    TOPK,
+    dense_model,
+    fill,
+    jitted,
+    make_cache,
+    make_tokens,
+    model,
+    step,
+    whole,
+)
 from meshed import mesh_of
 from oracles import QUICK_COMPILE, float64
 
-from mla_jax import (
-    Decoder,
-    MLAConfig,
-    ModelConfig,
-    PageAllocator,
-    PagedLatentCache,
-    decode_step,
-    generate,
-    prefill,
-)
-from mla_jax.cache import AbsorbCache
+from mla_jax import Decoder, PagedLatentCache, decode_step, generate, prefill
 from mla_jax.indexer import select_keys
 from mla_jax.nn import Indexer
 from mla_jax.rope import rotation
-from mla_jax.sharding import check_mesh, shard_model
+from mla_jax.sharding import shard_model
 from mla_jax.sharding.plan import plan_decode
-
-TOPK, PAGE, BATCH, MAX_PAGES, NUM_PAGES = 64, 16, 3, 6, 20
-# Sizes that the Triton kernels take.
-CONFIG = ModelConfig(
-    vocab=40,
-    n_layers=2,
-    inter_dim=32,
-    mla=MLAConfig(
-        dim=32,
-        n_heads=2,
-        q_lora_rank=24,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=16,
-        v_head_dim=8,
-        index_n_heads=4,
-        index_head_dim=32,
-        index_topk=TOPK,
-        dtype="float32",
-    ),
-)
-DENSE = dataclasses.replace(CONFIG, mla=dataclasses.replace(CONFIG.mla, index_n_heads=0))
-FP8 = jnp.float8_e4m3fn
-
-
-@functools.cache
-def model(seed: int, config: ModelConfig = CONFIG) -> Decoder:
-    return drawn(lambda: Decoder(config, rngs=nnx.Rngs(0)), seed)
-
-
-@functools.cache
-def dense_model(seed: int) -> Decoder:
-    """The same weights without the indexer's."""
-    weights = dict(nnx.to_flat_state(nnx.state(model(seed))))
-    dense = nnx.eval_shape(lambda: Decoder(DENSE, rngs=nnx.Rngs(0)))
-    state = nnx.state(dense)
-    for path, variable in nnx.to_flat_state(state):
-        variable.set_value(weights[path].get_value())
-    nnx.update(dense, state)
-    return dense
-
-
-def make_tokens(rng: np.random.Generator, *shape: int) -> jax.Array:
-    return jnp.asarray(rng.integers(0, CONFIG.vocab, shape), jnp.int32)
-
-
-def make_cache(rng: np.random.Generator, config=CONFIG, dtype=None) -> PagedLatentCache:
-    """Rows of random pages; what no token was written to is NaN, in every pool."""
-    cache = PagedLatentCache.create(
-        config,
-        num_pages=NUM_PAGES,
-        page_size=PAGE,
-        max_batch=BATCH,
-        max_pages=MAX_PAGES,
-        dtype=dtype,
-    )
-    table = rng.permutation(NUM_PAGES)[: BATCH * MAX_PAGES].reshape(BATCH, MAX_PAGES)
-    poisoned = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), cache)
-    return poisoned.with_rows(jnp.asarray(table, jnp.int32), cache.lengths)
-
-
-def jitted(function, **options):
-    run = functools.partial(function, **options)
-    return jax.jit(run, donate_argnums=2, compiler_options=QUICK_COMPILE)
-
-
-@functools.cache
-def fill():
-    return jitted(prefill)
-
-
-@functools.cache
-def step():
-    return jitted(decode_step)
-
-
-@functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
-def whole(model: Decoder, tokens: jax.Array) -> jax.Array:
-    return model(tokens)
 
 
 @pytest.fixture
@@ -197,13 +121,15 @@ def test_pages(seed, rng, chosen):
 def test_whole_sequences(seed, rng):
     """The forward without a cache, in both forms: the indexer's choice, and nothing else."""
     layer = model(seed).layers[0].attn
+    indexer = layer.indexer
+    assert indexer is not None
     x = jnp.asarray(rng.standard_normal((2, 80, 32)), jnp.float32)
     rope = rotation(CONFIG.mla, jnp.arange(80, dtype=jnp.int32))
 
     def run(x):
         q_nope, q_pe, ckv, kpe = layer.project(x, rope)
         heads = jnp.concatenate([q_nope, q_pe], axis=-1), *layer.expand(ckv, kpe)
-        ids = layer.indexer(x, layer.query_latent(x), rope)
+        ids = indexer(x, layer.query_latent(x), rope)
         return heads, ids, (layer(x, attn_impl="naive"), layer(x, attn_impl="absorb"))
 
     heads, ids, outs = jax.jit(run, compiler_options=QUICK_COMPILE)(x)
@@ -266,88 +192,6 @@ def places_of(pages: np.ndarray, tokens: int) -> np.ndarray:
     return pages[at // PAGE] * PAGE + at % PAGE
 
 
-def test_one_program_for_all_lengths(seed, rng):
-    """From the first token to beyond index_topk, while tables move and rows pause."""
-    traces = 0
-
-    def counted(*args):
-        nonlocal traces
-        traces += 1
-        return decode_step(*args)
-
-    run, cache = jitted(counted), make_cache(rng)
-    full = cache.block_table
-    cache = cache.with_rows(full.at[1, 1:].set(-1), cache.lengths)
-    for i in range(TOPK + 4):
-        logits, cache = run(model(seed), make_tokens(rng, BATCH), cache)
-        if i == 40:
-            cache = cache.with_rows(full + 0, cache.lengths)
-    np.testing.assert_array_equal(cache.lengths, [68, PAGE + 27, 68])
-    assert np.isfinite(np.asarray(logits)).all()
-    assert traces == run._cache_size() == 1
-
-
-def test_in_place(seed, rng):
-    """Every pool of a donated cache is written where it lies, the indexer's too."""
-    cache = make_cache(rng)
-    sizes = jax.tree.map(lambda x: x.nbytes, cache)
-    assert len(jax.tree.leaves(cache.index_keys)) == 2 * CONFIG.n_layers
-    args = model(seed), jnp.zeros(BATCH, jnp.int32), cache
-    memory = step().lower(*args).compile().memory_analysis()
-    assert memory.alias_size_in_bytes == sum(jax.tree.leaves(sizes))
-    step()(*args)
-    assert all(pool.is_deleted() for pool in jax.tree.leaves(cache.index_keys))
-
-
-def test_pools():
-    cache = PagedLatentCache.create(CONFIG, num_pages=3, page_size=8, max_batch=1, max_pages=2)
-    assert [pool.values.shape for pool in cache.index_keys] == [(3, 8, 32)] * 2
-    assert {pool.values.dtype for pool in cache.index_keys} == {jnp.dtype(FP8)}
-    assert {pool.scales.shape for pool in cache.index_keys} == {(3, 8, 1)}
-    assert {pool.scales.dtype for pool in cache.index_keys} == {jnp.dtype("float32")}
-    none = PagedLatentCache.create(DENSE, num_pages=3, page_size=8, max_batch=1, max_pages=2)
-    assert none.index_keys == ()
-
-
-def test_shared_prefix(seed, rng):
-    """Copy-on-write: a copied page has its tokens' index keys, and its row goes its own way."""
-    prompt, tails = make_tokens(rng, 1, TOPK + 2), make_tokens(rng, BATCH, 2)
-    allocator = PageAllocator(NUM_PAGES, page_size=PAGE, max_pages=MAX_PAGES)
-    root = allocator.allocate(TOPK + 2)
-    cache = make_cache(rng)
-    cache = cache.with_rows(jnp.asarray(allocator.table([root, None, None])), cache.lengths)
-    counts = jnp.asarray([TOPK + 2, 0, 0], jnp.int32)
-    sequences = jnp.concatenate([jnp.tile(prompt, (BATCH, 1)), tails], axis=1)
-    _, cache = fill()(model(seed), sequences, cache, counts=counts)
-
-    rows = [root, allocator.fork(root), allocator.fork(root)]
-    copies = [pair for row in rows for pair in allocator.extend(row, 2)]
-    assert len(copies) == 2
-    cache = cache.copy_pages(*jnp.asarray(copies, jnp.int32).T)
-    lengths = jnp.full(BATCH, TOPK + 2, jnp.int32)
-    cache = cache.with_rows(jnp.asarray(allocator.table(rows)), lengths)
-    want = whole(model(seed), sequences)
-    for i in range(2):
-        logits, cache = step()(model(seed), tails[:, i], cache)
-        np.testing.assert_allclose(logits, want[:, TOPK + 2 + i], rtol=0, atol=2e-5)
-
-
-def test_fp8_latents(seed, rng):
-    """Latents in FP8 move the logits by its rounding, the keys of the indexer not at all."""
-    tokens, table = make_tokens(rng, BATCH, TOPK + 4), int(rng.integers(2**31))
-    counts = jnp.full(BATCH, TOPK + 4, jnp.int32)
-    results = []
-    for dtype in (None, FP8):
-        cache = make_cache(np.random.default_rng(table), dtype=dtype)
-        _, cache = fill()(model(seed), tokens, cache, counts=counts)
-        first = np.asarray(cache.index_keys[0].values).view(np.uint8)
-        logits, _ = step()(model(seed), tokens[:, 0], cache)
-        results.append((np.asarray(logits), first))
-    (plain, keys), (fp8, same_keys) = results
-    np.testing.assert_array_equal(same_keys, keys)
-    assert 0 < np.median(np.abs(fp8 - plain)) < 0.1 * plain.std()
-
-
 def test_generate(seed, rng):
     """Prompts on both sides of index_topk: each next token is the forward's likeliest."""
     lengths = TOPK + 1, 3, TOPK - 2
@@ -391,30 +235,6 @@ def test_mesh(seed, rng):
     np.testing.assert_allclose(logits, want[:, -1], rtol=0, atol=3e-5)
     plan = plan_decode(CONFIG, batch=BATCH, tokens=MAX_PAGES * PAGE, page_size=PAGE, **shape)
     memory = program.memory_analysis()
+    assert memory is not None
     assert memory.argument_size_in_bytes == plan.weight_bytes + plan.cache_bytes + 4
     assert memory.alias_size_in_bytes == plan.cache_bytes
-
-
-def test_refusals(seed, rng):
-    tokens = jnp.zeros(BATCH, jnp.int32)
-    with pytest.raises(ValueError, match=r"^cache: got no indexer's keys, expected one, by the mo"):
-        decode_step(model(seed), tokens, make_cache(rng, DENSE))
-    with pytest.raises(
-        ValueError, match=r"^cache: got an indexer's keys, expected none, by the mo"
-    ):
-        decode_step(dense_model(seed), tokens, make_cache(rng))
-    layer = model(seed).layers[0].attn
-    cache = AbsorbCache.create(CONFIG.mla, batch=1, max_seq_len=TOPK + 1)
-    x = jnp.ones((1, 3, 32))
-    with pytest.raises(ValueError, match=r"^cache: got room for 65 tokens, expected at most self"):
-        jax.eval_shape(layer, x, cache)
-    jax.eval_shape(layer, x, AbsorbCache.create(CONFIG.mla, batch=1, max_seq_len=TOPK))
-    with pytest.raises(
-        ValueError, match=r"^mesh: got context=2, expected 1 for a model with an in"
-    ):
-        check_mesh(CONFIG, mesh_of({"context": 2}))
-    with pytest.raises(NotImplementedError, match=r"^backend 'mosaic_gpu' has no token_sparse"):
-        jax.eval_shape(
-            lambda cache: decode_step(model(seed), tokens, cache, backend="mosaic_gpu"),
-            make_cache(rng),
-        )
