@@ -82,8 +82,8 @@ class Decoder(nnx.Module):
     """A DeepSeek-style language model.
 
     decoder(tokens [B, S] int32) -> logits [B, S, vocab] float32, over whole sequences without a
-    cache: the differentiable path, for training and for checking. `prefill` and `decode_step` run
-    the same weights over a paged cache.
+    cache: the differentiable path, for training and for checking (an indexer's choice has no
+    gradient). `prefill` and `decode_step` run the same weights over a paged cache.
 
     >>> from flax import nnx
     >>> from mla_jax import presets
@@ -159,7 +159,8 @@ def prefill(
     positions after those it already has, so long prompts can come in chunks. A row that brings
     none is left as it is, and its logits mean nothing. Pages must be in the block table first.
     Few tokens attend in the latent space, many with full keys and values (`MLA.expands`), whichever
-    is less arithmetic. Jit with the cache donated. Errors: ValueError for shapes that do not match
+    is less arithmetic; with an indexer, to the cached tokens that it chooses, in the latent space,
+    where the block table has room for more than index_topk. Jit with the cache donated. Errors: ValueError for shapes that do not match
     the cache, NotImplementedError for a backend that cannot run the model.
 
     Under `jax.set_mesh`, with a model and a cache made for the mesh, one program runs on all of
