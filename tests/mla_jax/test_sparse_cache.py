@@ -88,7 +88,13 @@ def test_shared_prefix(seed, rng):
     rows = [root, allocator.fork(root), allocator.fork(root)]
     copies = [pair for row in rows for pair in allocator.extend(row, 2)]
     assert len(copies) == 2
+    before = [np.asarray(x).view(np.uint8) for x in jax.tree.leaves(cache.index_keys)]
     cache = cache.copy_pages(*jnp.asarray(copies, jnp.int32).T)
+    for old, leaf in zip(before, jax.tree.leaves(cache.index_keys), strict=True):
+        want = old.copy()
+        for source, target in copies:
+            want[target] = old[source]
+        np.testing.assert_array_equal(np.asarray(leaf).view(np.uint8), want)
     lengths = jnp.full(BATCH, TOPK + 2, jnp.int32)
     cache = cache.with_rows(jnp.asarray(allocator.table(rows)), lengths)
     want = whole(model(seed), sequences)
