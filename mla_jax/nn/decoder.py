@@ -160,8 +160,9 @@ def prefill(
     none is left as it is, and its logits mean nothing. Pages must be in the block table first.
     Few tokens attend in the latent space, many with full keys and values (`MLA.expands`), whichever
     is less arithmetic; with an indexer, to the cached tokens that it chooses, in the latent space,
-    where the block table has room for more than index_topk. Jit with the cache donated. Errors: ValueError for shapes that do not match
-    the cache, NotImplementedError for a backend that cannot run the model.
+    where the block table has room for more than index_topk. Jit with the cache donated. Errors:
+    ValueError for shapes that do not match the cache, NotImplementedError for a backend that cannot
+    run the model.
 
     Under `jax.set_mesh`, with a model and a cache made for the mesh, one program runs on all of
     its devices; the logits then lie split over the vocabulary.
