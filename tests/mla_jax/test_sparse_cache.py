@@ -137,7 +137,7 @@ def test_refusals(seed, rng):
         ValueError, match=r"^mesh: got context=2, expected 1 for a model with an in"
     ):
         check_mesh(CONFIG, mesh_of({"context": 2}))
-    with pytest.raises(NotImplementedError, match=r"^backend 'mosaic_gpu' has no token_sparse"):
+    with pytest.raises(NotImplementedError, match=r"^backend 'mosaic_gpu' cannot run this token"):
         jax.eval_shape(
             lambda cache: decode_step(model(seed), tokens, cache, backend="mosaic_gpu"),
             make_cache(rng),
