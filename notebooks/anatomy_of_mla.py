@@ -132,7 +132,8 @@ for name, out in got.items():
 # that the library allocates, and equal the sums by hand.
 
 # %%
-models = [name for name in presets if name.startswith("deepseek")]
+# V3.2 is V3 with an indexer, whose keys are no part of the comparison.
+models = [name for name in presets if name.startswith("deepseek") and name != "deepseek-v3.2"]
 one_of_each = {"num_pages": 1, "page_size": 1, "max_batch": 1, "max_pages": 1}
 per_token = {"every head (MHA)": [], "8 groups (GQA)": [], "latent (MLA)": []}
 for name in models:

@@ -39,6 +39,13 @@ def test_greedy_equals_the_model_without_a_cache(model, rng):
         assert agree.mean() > 0.95
 
 
+def test_a_prompt_that_fills_its_pages(model, rng):
+    """9 tokens and 2 new ones in 3 pages of 4, fewer than the next power of two of the prompt."""
+    prompt = rng.integers(0, 256, 9).tolist()
+    (made,) = generate(model, [prompt], max_new_tokens=2, page_size=4)
+    assert made == greedy_by_whole_sequences(model, prompt, made).tolist()
+
+
 def test_rows_do_not_see_each_other(model, rng):
     prompts = [rng.integers(0, 256, n).tolist() for n in (3, 40)]
     together = generate(model, prompts, max_new_tokens=20)
