@@ -1,5 +1,6 @@
 """Decode steps of a model by an instruction schedule: one plan for many steps and all layers."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -99,14 +100,24 @@ def plan_decode(
 
 
 def plan_room(config: ModelConfig, lengths: Sequence[int], *, steps: int) -> DecodePlan:
-    """A plan whose sizes serve these rows for `steps` steps, and when only the longest is left.
+    """A plan whose sizes serve these rows for `steps` steps, and the longest of them alone.
 
-    Rows that end leave their processors to the others, whose trees then grow.
+    Rows that end leave their processors to the others, whose trees then grow: tried are half of
+    the rows, a quarter, and so on.
     """
-    longest = int(np.argmax(lengths))
-    alone = [length if row == longest else None for row, length in enumerate(lengths)]
-    together = plan_decode(config, lengths, steps=steps)
-    return plan_decode(config, alone, steps=steps, like=together)
+    plan, kept = None, len(lengths)
+    by_length = np.argsort(lengths)[::-1]
+    while kept:
+        left = set(by_length[:kept].tolist())
+        rows = [length if row in left else None for row, length in enumerate(lengths)]
+        plan = plan_decode(config, rows, steps=steps, like=plan)
+        kept //= 2
+    assert plan is not None
+    assert plan.schedule.bounds is not None
+    # Of other lengths, trees have a few reductions more or fewer.
+    partials, reductions, rows, depth = plan.schedule.bounds
+    bounds = (partials, 2 * reductions, rows, depth)
+    return plan._replace(schedule=dataclasses.replace(plan.schedule, bounds=bounds))
 
 
 def check_plan(plan: DecodePlan, config: ModelConfig, cache: PagedLatentCache) -> None:
