@@ -3,18 +3,20 @@
 import dataclasses
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import float64
+from scheduled import SCALE, ScheduledCase, dense
 
 from mla_jax.bench import costs, megakernel, timing, tune
+from mla_jax.bench.megakernel import decode_chain
 from mla_jax.bench.paged import make_inputs
 from mla_jax.cli.main import main
 from mla_jax.megakernel import CostModel, schedule
 from pallas_kernels import tuning
 from pallas_kernels.device import Device
 from pallas_kernels.paged_attention import PagedTiles
+from pallas_kernels.paged_attention.tiles import default_tiles
 from pallas_kernels.schedule.instructions.costs import device_costs
 
 SMALL = {"small": ([300, 40], 2)}
@@ -27,7 +29,7 @@ def small(monkeypatch):
     monkeypatch.setattr(timing, "BURST_SECONDS", 1e-6)
     ceilings = {"bandwidth_gb_s": 1000.0, "matmul_tflop_s": 100.0}
     monkeypatch.setattr(timing, "measure_ceilings", lambda: ceilings)
-    monkeypatch.setattr(megakernel.decode_chain, "__defaults__", (2,))
+    monkeypatch.setattr(megakernel.by_schedule, "__kwdefaults__", {"calls": 2})
 
 
 def test_rows(small, monkeypatch, tmp_path):
@@ -77,11 +79,11 @@ def test_fit_finds_the_model_that_made_the_times(rng, tokens, heads):
         }
     )
 
-    def time(plan, *_):
-        promised = dataclasses.replace(plan, cost_model=true).makespan
-        return promised * rng.uniform(1 - 1e-4, 1 + 1e-4)
+    def time(plans, *_):
+        promised = [dataclasses.replace(plan, cost_model=true).makespan for plan in plans]
+        return [micros * rng.uniform(1 - 1e-4, 1 + 1e-4) for micros in promised]
 
-    entry, times = costs.measure_costs(tokens, heads, 132, time)
+    entry, times = costs.measure_costs(tokens, heads, 132, time=time)
     found = CostModel(**entry["costs"])
     assert entry["rows"] == tokens * heads
     for _, measured, promised in times:
@@ -133,11 +135,31 @@ def test_tune_needs_a_gpu(capsys):
 
 
 def test_measured_runs_what_it_is_given(small, monkeypatch):
-    """On this machine in jnp: the time of a chain, a call, in microseconds."""
-    monkeypatch.setattr(costs, "BACKEND", "reference")
-    plan = costs.hand_made(costs.Experiment("held", 1, 4), 1, 8, 4)
-    assert costs.measured(plan, 1, 8) > 0
-    assert jnp.asarray(plan.instructions).shape == (4, 2, 32)
+    """Every plan by one program, in the interpreter: its own launches over its own keys."""
+    plans = [
+        costs.hand_made(costs.Experiment(*experiment), 2, 8, 6)
+        for experiment in (("whole", 9), ("delivered", 1, 4), ("held", 3, 3))
+    ]
+    tiles = default_tiles(16, "bfloat16")
+    programs, ran = [], []
+
+    def chain(*args):
+        programs.append(decode_chain(*args))
+        return lambda *args: ran.append((args, programs[-1](*args))) or ran[-1][1]
+
+    monkeypatch.setattr(costs, "decode_chain", chain)
+    monkeypatch.setattr(costs, "DEFAULT_SM_SCALE", SCALE)
+    monkeypatch.setattr(costs, "FIRST_REDUCTION", 16)  # less scratch for the interpreter to copy
+    micros = costs.measured(plans, 2, 8, tiles, calls=2, interpret=True)
+    assert len(micros) == 3
+    assert min(micros) > 0
+    assert [timing.compilations(program) for program in programs] == [1]
+    for plan, ((_, q_v, q_rot, v, k_rot, table), (out, last, _)) in zip(plans, ran, strict=False):
+        case = ScheduledCase(**{"q_rot": q_rot, "q_v": q_v, "k_rot": k_rot, "v": v, "table": table})
+        lengths = plan.lengths.tolist()
+        want = dense(case, lengths)
+        np.testing.assert_allclose(float64(out)[: plan.batch], want[: plan.batch], atol=3e-2)
+        assert np.isfinite(float64(last)[: plan.batch]).all()
 
 
 def test_tiles_that_agree_get_an_entry(small):
