@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from importlib import import_module
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,16 +126,15 @@ def test_a_lost_producer_raises_on_the_host(model, prompts, interpreted, monkeyp
         next(blocks)
 
 
-def cache_of(lengths: list[int], *, page_size: int = 256, num_pages: int = 6, dtype=None):
-    """A cache of noise with two pages a row, the last row's table empty."""
+def cache_of(
+    lengths: list[int], page_size: int = 256, dtype: str | None = None
+) -> PagedLatentCache:
+    """A cache of zeros with two pages a row, the last row's table empty."""
     batch = len(lengths)
     table = np.arange(2 * batch, dtype=np.int32).reshape(batch, 2)[::-1].copy()
     table[-1] = -1
-    cache = PagedLatentCache.create(
-        CONFIG,
-        **{"num_pages": num_pages, "page_size": page_size, "max_batch": batch, "max_pages": 2},
-        dtype=dtype,
-    )
+    sizes = {"num_pages": 2 * batch, "page_size": page_size, "max_batch": batch, "max_pages": 2}
+    cache = PagedLatentCache.create(CONFIG, **sizes, mesh=None, dtype=dtype)
     return cache.with_rows(jnp.asarray(table), jnp.asarray(lengths, jnp.int32))
 
 
@@ -187,18 +187,17 @@ MLA = CONFIG.mla
         ({"qk_rope_head_dim": 32}, {}, "qk_rope_head_dim is 32, expected 64"),
         ({}, {"page_size": 64}, "page_size is 64, expected 256"),
         ({}, {"kv_dtype": "fp8"}, "the cache's dtype is float8_e4m3fn, expected float32"),
-        ({}, {"mesh": (2, 1)}, "it runs on one device, and a mesh is set"),
+        ({}, {"mesh": "data"}, "it runs on one device, and a mesh is set"),
     ],
 )
 def test_refusals_come_before_the_work(monkeypatch, change, options, reason):
     config = dataclasses.replace(CONFIG, mla=dataclasses.replace(MLA, **change))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))  # whose weights nobody needs
     monkeypatch.setattr(generation, "prefill_chunk", lambda *_, **__: pytest.fail("prefill"))
-    if "mesh" in options:
-        options = {"mesh": make_mesh(data=2)}
+    given: dict[str, Any] = {"mesh": make_mesh(data=2)} if "mesh" in options else options
     text = f"^backend 'megakernel' cannot run this decode_step: {reason}$"
     with pytest.raises(NotImplementedError, match=text):
-        generate(model, [[1]], max_new_tokens=4, backend="megakernel", **options)
+        generate(model, [[1]], max_new_tokens=4, backend="megakernel", **given)
 
 
 def test_refusals_of_a_step(model):
@@ -212,12 +211,12 @@ def test_refusals_of_a_step(model):
     text = r"plan: got one for \(rows, tokens, heads\) \(2, 1, 16\), expected \(3, 1, 16\)"
     with pytest.raises(ValueError, match=f"^{text}"):
         decode_step(model, tokens, cache, other)
-    for changes, reason in (
-        ({"page_size": 64}, "page_size is 64"),
-        ({"dtype": "float8_e4m3fn"}, "the cache's dtype is float8_e4m3fn"),
+    for unfit, reason in (
+        (cache_of([1, 1, 1], page_size=64), "page_size is 64"),
+        (cache_of([1, 1, 1], dtype="float8_e4m3fn"), "the cache's dtype is float8_e4m3fn"),
     ):
         with pytest.raises(NotImplementedError, match=reason):
-            decode_step(model, tokens, cache_of([1, 1, 1], **changes), plan)
+            decode_step(model, tokens, unfit, plan)
     with jax.set_mesh(make_mesh(data=1)), pytest.raises(NotImplementedError, match="one device"):
         decode_step(model, tokens, cache, plan)
     with pytest.raises(NotImplementedError, match=r"^backend 'mosaic_gpu' has no mla_decode"):
