@@ -88,7 +88,7 @@ class _Session:
         kv_dtype: str | None,
     ) -> None:
         config, self.mesh = model.config, mesh
-        page_size = page_size or default_page_size(backend)
+        page_size = default_page_size(backend) if page_size is None else page_size
         if backend == BACKEND:
             with self._on_mesh():
                 check_supported(config, page_size, KV_DTYPES[kv_dtype])

@@ -30,6 +30,7 @@ from mla_jax.bench.peers import Contender, PagedInputs, Peer
 from mla_jax.bench.schedules import SHAPES
 from mla_jax.bench.timing import CALLS, alternating_seconds, burst_of
 from mla_jax.megakernel import (
+    CostModel,
     Schedule,
     check_signals,
     decode_with_signals,
@@ -144,8 +145,8 @@ def bench_shape(
     """A row for each way and rival, all of which take turns: ratio is the rival's time over ours.
 
     The rivals are `peers` and our own split-KV decode, paged_decode. makespan_us is what the
-    schedule's cost model promises. Errors: RuntimeError if two outputs do not agree, or a launch
-    has waited in vain.
+    schedule's cost model promises, by default costs or by those of `mla-jax tune megakernel`.
+    Errors: RuntimeError if two outputs do not agree, or a launch has waited in vain.
     """
     inputs = make_inputs(shape, seed)
     plan = schedule(shape.lengths, shape.tokens, num_heads=shape.heads)
@@ -182,6 +183,7 @@ def bench_shape(
             "peer": f"{rival} ({split})" if rival == "paged_decode" else rival,
             "peer_us": peer_us,
             "ratio": peer_us / micros[name],
+            "costs": "default" if plan.cost_model == CostModel() else "tuned",
             "makespan_us": plan.makespan,
             "over_makespan": micros[name] / plan.makespan,
             "gb_s": shape.moved / micros[name] / 1e3,

@@ -48,6 +48,8 @@ def test_rows(small, monkeypatch, tmp_path):
         assert row["backend"] == "reference"  # where there is no GPU
         assert row["ratio"] == pytest.approx(row["peer_us"] / row["ours_us"])
         assert row["makespan_us"] == schedule(*SMALL["small"], num_heads=8).makespan
+        assert row["over_makespan"] == pytest.approx(row["ours_us"] / row["makespan_us"])
+        assert row["costs"] == "default"
 
 
 def test_pages_of_peers_hold_the_same_tokens(small):
