@@ -1,6 +1,7 @@
 """Generation by a schedule: the tokens of the other backends, one compilation, clear refusals."""
 
 import dataclasses
+import functools
 import json
 import os
 from importlib import import_module
@@ -29,6 +30,8 @@ CONFIG = dataclasses.replace(
     n_layers=2,
     eos_ids=tuple(range(0, 256, 8)),
     inter_dim=64,
+    n_dense=2,
+    moe=None,
     mla=dataclasses.replace(
         presets["tiny"].mla,
         **{"dim": 64, "n_heads": 16, "q_lora_rank": 0, "kv_lora_rank": 512},
@@ -85,9 +88,9 @@ def test_same_tokens_by_one_program(model, prompts, interpreted, monkeypatch, ca
     options = {"max_new_tokens": NEW, "ignore_eos": True, "backend": "megakernel"}
     planned = []
 
-    def plan_block(config, lengths, **how):
+    def plan_block(config, lengths, *, steps, like):
         planned.append(lengths)
-        return plan_decode(config, lengths, **how)
+        return plan_decode(config, lengths, steps=steps, like=like)
 
     monkeypatch.setattr(generation, "plan_decode", plan_block)
     before = compilations(decode_block)
@@ -219,8 +222,9 @@ def test_refusals_of_a_step(model):
             decode_step(model, tokens, unfit, plan)
     with jax.set_mesh(make_mesh(data=1)), pytest.raises(NotImplementedError, match="one device"):
         decode_step(model, tokens, cache, plan)
+    step = functools.partial(decode_step, backend="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=r"^backend 'mosaic_gpu' has no mla_decode"):
-        decode_step(model, tokens, cache, plan, backend="mosaic_gpu")
+        jax.eval_shape(step, model, tokens, cache, plan)
     with pytest.raises(ValueError, match=r"^lengths: got -1 for row 1, expected None, or 0"):
         plan_decode(CONFIG, [3, -1], steps=1)
     with pytest.raises(ValueError, match=r"^steps: got 0, expected at least 1"):
