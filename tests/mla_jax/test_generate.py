@@ -39,6 +39,13 @@ def test_greedy_equals_the_model_without_a_cache(model, rng):
         assert agree.mean() > 0.95
 
 
+def test_a_prompt_that_nearly_fills_its_pages(model, rng):
+    """80 tokens of room: the next power of two is more than the cache could take at once."""
+    prompt = rng.integers(0, 256, 70).tolist()
+    [made] = generate(model, [prompt], max_new_tokens=1, page_size=16)
+    assert made == greedy_by_whole_sequences(model, prompt, made).tolist()
+
+
 def test_rows_do_not_see_each_other(model, rng):
     prompts = [rng.integers(0, 256, n).tolist() for n in (3, 40)]
     together = generate(model, prompts, max_new_tokens=20)
