@@ -44,7 +44,12 @@ def add_parser(subparsers) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--ignore-eos", action="store_true", help="do not stop at an end token")
     p.add_argument("--backend", metavar="NAME", help="triton or reference (default: fastest)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "fp8"),
+        help="fp8: weights that the checkpoint has in FP8 stay so (default: the checkpoint's, "
+        "FP8 as bfloat16)",
+    )
     p.add_argument(
         "--kv-dtype",
         choices=("fp8",),
