@@ -53,11 +53,11 @@ def _load_rows(source: _Scaled, rows, valid, step, depth) -> _Scaled:
     """Columns step*depth.. of the `rows` of a matrix; zeros where not valid."""
     columns = step * depth + jnp.arange(depth)
     values = source.values.at[rows[:, None], columns[None, :]]
-    values = plgpu.load(values, mask=valid[:, None], other=0)
+    values = plgpu.load(values, mask=valid[:, None], other=0.0)
     if source.scales is None:
         return _Scaled(values)
     scales = source.scales.at[rows, step * depth // GROUP]
-    return _Scaled(values, plgpu.load(scales, mask=valid, other=0))
+    return _Scaled(values, plgpu.load(scales, mask=valid, other=0.0))
 
 
 def _load_weight(
