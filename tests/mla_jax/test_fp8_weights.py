@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from fp8_checkpoint import HF, Oracle, Tensors, in_fp8
-from fp8_weights import quantised
+from fp8_weights import assert_rows_near, quantised
 from oracles import QUICK_COMPILE, assert_within, float64
 from test_checkpoint import fuse_experts, hf_tensors
 from test_cli import run as command
@@ -42,10 +42,12 @@ def in_float32(model: Decoder) -> Decoder:
     return model
 
 
-def assert_near(got: np.ndarray | jax.Array, want: np.ndarray) -> None:
-    """Tight, but for numbers so near the middle of two of FP8 that one was rounded to the other,
-    which moves all that follows a little."""
-    assert_within(got, want, {0.5: 2e-3 * want.std(), 1.0: 8e-2 * want.std()})
+ROWS, SHARE = 8, 0.5
+"""Sequences, and the part of them that no number between two of FP8 moves: nearly all."""
+
+
+def random_tokens(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.integers(0, HF["vocab_size"], (ROWS, length)).astype(np.int32)
 
 
 def test_logits(rng, write_checkpoint: WriteCheckpoint) -> None:
@@ -53,16 +55,18 @@ def test_logits(rng, write_checkpoint: WriteCheckpoint) -> None:
     hf = HF | {"quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"}}
     stored, meant = in_fp8(hf_tensors(hf, rng), rng)
     model = in_float32(load_checkpoint(write_checkpoint(hf, stored), dtype="fp8"))
-    tokens = rng.integers(0, hf["vocab_size"], 7)
+    tokens = random_tokens(rng, 3)
     run = jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICK_COMPILE)
-    got = run(model, jnp.asarray(tokens, jnp.int32)[None])[0]
+    got = run(model, jnp.asarray(tokens))
     quantise = functools.partial(quantised, power_of_two=True)
-    want = Oracle(hf=hf, weights=meant, quantise=quantise).logits(tokens)
-    assert_near(got, want)
+    want, exact = (
+        np.stack([Oracle(hf=hf, weights=meant, quantise=q).logits(row) for row in tokens])
+        for q in (quantise, lambda x: x)
+    )
+    assert_rows_near(got, want, share=SHARE)
     # Against plain dequantised weights: activations of 3 bits after the first, in each product.
-    exact = Oracle(hf=hf, weights=meant, quantise=lambda x: x).logits(tokens)
     assert np.median(np.abs(want - exact)) > 1e-2 * want.std()
-    assert_within(got, exact, {0.5: 0.2 * want.std(), 1.0: 1.0 * want.std()})
+    assert_within(got, exact, {0.5: 0.15 * want.std(), 0.9: 0.6 * want.std()})
 
 
 def test_steps_over_the_cache(rng, write_checkpoint: WriteCheckpoint) -> None:
@@ -70,19 +74,20 @@ def test_steps_over_the_cache(rng, write_checkpoint: WriteCheckpoint) -> None:
     stored, meant = in_fp8(hf_tensors(HF, rng), rng)
     model = load_checkpoint(write_checkpoint(HF, stored), dtype="fp8")
     create = functools.partial(
-        PagedLatentCache.create, num_pages=4, page_size=4, max_batch=2, max_pages=2
+        PagedLatentCache.create, num_pages=2 * ROWS, page_size=2, max_batch=ROWS, max_pages=2
     )
     assert create(model.config).ckv[0].dtype == jnp.bfloat16
     cache = create(model.config, dtype="float32")
-    cache = cache.with_rows(jnp.asarray([[2, 0], [1, 3]]), cache.lengths)
-    tokens = rng.integers(0, HF["vocab_size"], (2, 6))
-    chunk, last = jnp.asarray(tokens[:, :5], jnp.int32), jnp.asarray(tokens[:, 5], jnp.int32)
+    table = rng.permutation(2 * ROWS).reshape(ROWS, 2).astype(np.int32)
+    cache = cache.with_rows(jnp.asarray(table), cache.lengths)
+    tokens = random_tokens(rng, 3)
     model = in_float32(model)
-    fifth, cache = jax.jit(prefill, compiler_options=QUICK_COMPILE)(model, chunk, cache)
-    sixth, cache = jax.jit(decode_step, compiler_options=QUICK_COMPILE)(model, last, cache)
+    chunk, last = jnp.asarray(tokens[:, :2]), jnp.asarray(tokens[:, 2])
+    second, cache = jax.jit(prefill, compiler_options=QUICK_COMPILE)(model, chunk, cache)
+    third, cache = jax.jit(decode_step, compiler_options=QUICK_COMPILE)(model, last, cache)
     oracle = Oracle(hf=HF, weights=meant, quantise=quantised)
     want = np.stack([oracle.logits(row) for row in tokens])
-    assert_near(jnp.stack([fifth, sixth], axis=1), want[:, 4:])
+    assert_rows_near(jnp.stack([second, third], axis=1), want[:, 1:], share=SHARE)
 
 
 def leaves(model: Decoder) -> dict[str, jax.Array]:
@@ -204,21 +209,23 @@ def test_on_a_mesh(rng, write_checkpoint: WriteCheckpoint) -> None:
     assert wo.scales.addressable_shards[1].data.shape == (2, 1)
     cache = PagedLatentCache.create(
         meshed.config,
-        num_pages=1,
-        page_size=8,
-        max_batch=1,
+        num_pages=ROWS,
+        page_size=4,
+        max_batch=ROWS,
         max_pages=1,
         dtype="float32",
         mesh=mesh,
     )
-    tokens = rng.integers(0, EVEN["vocab_size"], 5)
+    tokens = random_tokens(rng, 3)
     with jax.set_mesh(mesh):
         run = jax.jit(prefill, compiler_options=QUICK_COMPILE)
-        table = jax.device_put(np.zeros((1, 1), np.int32), cache.block_table.sharding)
+        table = np.arange(ROWS, dtype=np.int32)[:, None]
+        table = jax.device_put(table, cache.block_table.sharding)
         cache = cache.with_rows(table, cache.lengths)
-        got, _ = run(in_float32(meshed), jnp.asarray(tokens, jnp.int32)[None], cache)
-    want = Oracle(hf=EVEN, weights=meant, quantise=quantised).logits(tokens)
-    assert_near(got[0], want[-1])
+        got, _ = run(in_float32(meshed), jnp.asarray(tokens), cache)
+    oracle = Oracle(hf=EVEN, weights=meant, quantise=quantised)
+    want = np.stack([oracle.logits(row)[-1] for row in tokens])
+    assert_rows_near(got, want, share=SHARE)
 
 
 def test_a_mesh_that_cuts_blocks(rng, write_checkpoint: WriteCheckpoint) -> None:
