@@ -256,6 +256,7 @@ def load_checkpoint(
     "fp8" of a checkpoint without FP8 weights, or with a feed-forward that is FP8 in part;
     ValueError if the mesh does not divide the model, or would cut blocks that stay FP8.
 
+    >>> import jax.numpy as jnp
     >>> from tempfile import TemporaryDirectory
     >>> from mla_jax import presets
     >>> with TemporaryDirectory() as directory:
