@@ -202,7 +202,8 @@ def scaled_product(x: Float[Array, "*batch in"], weight: BlockScaled) -> Float[A
             lambda array: lax.dynamic_slice_in_dim(array, i * at_once, at_once, axis=1),
             (rows, matrix),
         )
-        # bfloat16 holds every e4m3 number, and every backend multiplies it.
+        # bfloat16 holds every e4m3 number, and every device multiplies it; on GPUs XLA converts the
+        # weight inside the product's kernel, which reads e4m3.
         partials = jnp.einsum(
             "tsk,osk->sto",
             *(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)),
