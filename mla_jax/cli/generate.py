@@ -49,7 +49,12 @@ def add_parser(subparsers) -> None:
         help="triton or reference, or megakernel: decode steps by a schedule, with 16 or 8 heads, "
         "latent 512 and rope 64 (default: fastest)",
     )
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "fp8"),
+        help="fp8: weights that the checkpoint has in FP8 stay so (default: the checkpoint's, "
+        "FP8 as bfloat16)",
+    )
     p.add_argument(
         "--kv-dtype",
         choices=("fp8",),
