@@ -11,16 +11,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool
 from safetensors.numpy import save_file
 
 from mla_jax._safetensors import (
@@ -34,12 +32,19 @@ from mla_jax._safetensors import (
     read_headers,
     read_json,
 )
+from mla_jax._tensor_reader import reader
 from mla_jax.config import ModelConfig
 from mla_jax.nn import Decoder
-from mla_jax.quantization import dequantize_blocks, scale_shape, weight_block_size
-from mla_jax.sharding.assembly import Bounds, ShardedBuffer
+from mla_jax.nn.linear import Weight
+from mla_jax.quantization import (
+    quantization_config,
+    scales_are_powers_of_two,
+    weight_block_size,
+)
+from mla_jax.sharding.assembly import ShardedBuffer
 from mla_jax.sharding.layout import parameter_spec
-from mla_jax.sharding.mesh import Device, check_mesh
+from mla_jax.sharding.mesh import check_mesh
+from pallas_kernels.block_scaled import BlockScaled, scale_shape
 
 SCALE = "_scale_inv"
 """What an FP8 tensor's name ends in, to name its block scales."""
@@ -193,74 +198,39 @@ def _check(
             )
 
 
+def _keep_fp8(
+    root: Path,
+    entries: list[_Entry],
+    parameters: Mapping[str, nnx.Variable],
+    stored: Mapping[str, StoredTensor],
+    empty: Callable[[tuple[int, ...]], BlockScaled],
+) -> None:
+    """Give the parameters whose tensors are FP8 the form of `empty`, with no numbers yet."""
+    # The matrices of a feed-forward run together: all are FP8, or none is.
+    together: dict[str, list[_Entry]] = {}
+    for entry in entries:
+        if isinstance(parameters[entry.parameter], Weight):
+            layer, ffn, _ = entry.parameter.partition(".ffn.")
+            together.setdefault(layer if ffn else entry.parameter, []).append(entry)
+    for group in together.values():
+        other = [entry.tensor for entry in group if stored[entry.tensor].dtype != FP8]
+        if len(other) == len(group):
+            continue
+        if other:
+            raise CheckpointError(f"{root}: {few('not FP8, beside matrices that are:', other)}")
+        for entry in group:
+            parameter = parameters[entry.parameter]
+            scaled = empty(parameter.shape)
+            inter, rows = parameter.shape[-2], scaled.block_size[0]
+            if entry.part(parameter) != entry.stored(parameter) and inter % rows:
+                raise CheckpointError(
+                    f"{stored[entry.tensor].file}: {entry.tensor}: gate and up have {inter} rows "
+                    f"each and scales in common, expected whole blocks of {rows} to keep FP8"
+                )
+            parameter.set_value(scaled)
+
+
 # --- Loading and saving.
-
-
-@partial(jax.jit, static_argnames=("kept", "shape", "dtype", "block"))
-def _converted(
-    tensor: Array,
-    scale: Array | None,
-    *,
-    kept: Bounds,
-    shape: tuple[int, ...],
-    dtype: str,
-    block: tuple[int, int],
-) -> tuple[Array, Bool[Array, ""]]:
-    """(what is `kept` of the tensor, in `shape` and `dtype`; whether all of it is finite)."""
-    if scale is None:
-        value = tensor.astype(dtype)
-    else:
-        value = dequantize_blocks(tensor, scale, dtype, block_size=block)
-    value = value[tuple(slice(*bounds) for bounds in kept)]
-    return value.reshape(shape), jnp.isfinite(value).all()
-
-
-def _whole_blocks(bounds: Bounds, shape: tuple[int, ...], block: tuple[int, int]) -> Bounds:
-    """`bounds` widened to whole blocks of a matrix, or of a stack of them, of this shape."""
-    sizes = (*(1 for _ in shape[:-2]), *block)
-    return tuple(
-        (start // size * size, min(-(-stop // size) * size, length))
-        for (start, stop), size, length in zip(bounds, sizes, shape, strict=True)
-    )
-
-
-def _reader(
-    tensor: StoredTensor, scale: StoredTensor | None, dtype: str, block: tuple[int, int]
-) -> Callable[[Bounds, Device | None], Array]:
-    """piece(bounds, device): a range of the tensor, on the device and in `dtype`.
-
-    Each range of rows is read once, however many devices want some of it.
-    """
-
-    def loaded(source: StoredTensor, bounds: Bounds, device: Device | None) -> Array:
-        rows, *rest = bounds
-        # A copy even where the device is the host, which would otherwise keep what was read.
-        part = read[source.name](*rows)[(slice(None), *(slice(*columns) for columns in rest))]
-        return jnp.array(part, device=device)
-
-    read = {source.name: cache(source.read) for source in (tensor, scale) if source is not None}
-
-    def piece(bounds: Bounds, device: Device | None) -> Array:
-        shape = tuple(stop - start for start, stop in bounds)
-        if len(bounds) > len(tensor.shape):
-            # Fused experts have gate and up in one axis, which no mesh splits.
-            bounds = (bounds[0], *((0, size) for size in tensor.shape[1:]))
-        stored, scales = bounds, None
-        if scale is not None:
-            stored = _whole_blocks(bounds, tensor.shape, block)
-            sizes = (*(1 for _ in bounds[:-2]), *block)
-            blocks = tuple((a // n, -(-b // n)) for (a, b), n in zip(stored, sizes, strict=True))
-            scales = loaded(scale, blocks, device)
-        kept = tuple((a - at, b - at) for (a, b), (at, _) in zip(bounds, stored, strict=True))
-        value, is_finite = _converted(
-            loaded(tensor, stored, device), scales, kept=kept, shape=shape, dtype=dtype, block=block
-        )
-        # Reading the flag also waits for the device, so that only one tensor is ever on its way.
-        if not is_finite:
-            raise CheckpointError(f"{tensor.file}: {tensor.name}: not finite in {dtype}")
-        return value
-
-    return piece
 
 
 def _own_dtype(hf: dict[str, Any], config: ModelConfig, stored: Mapping[str, StoredTensor]) -> str:
@@ -281,14 +251,18 @@ def load_checkpoint(
     Reads config.json (`deepseek_v2`, `deepseek_v3` or `deepseek_v32`) and model.safetensors, or the
     shards that model.safetensors.index.json lists. FP8 weights are multiplied by their block
     scales. dtype: "float32", "bfloat16" or "float16"; None is bfloat16 if weights are FP8, else the
-    checkpoint's own (its config's, or if that gives none its embedding's). The router's correction
-    bias and the indexer's norm stay float32. mesh: the layout is `sharding.shard_model`'s.
+    checkpoint's own (its config's, or if that gives none its embedding's). "fp8" leaves FP8
+    matrices as they are, scales beside them, and everything else is bfloat16: half the memory, and
+    products as in `pallas_kernels.block_scaled.scaled_product`. The router's correction bias and
+    the indexer's norm stay float32. mesh: the layout is `sharding.shard_model`'s.
 
     Streams: see the module's docstring. Nothing is read but headers until every name, shape and
     dtype has been checked. Errors: CheckpointError, a ValueError, naming the file and the tensor or
     key: what is missing, unexpected, of another shape or dtype, truncated, or not finite;
-    ValueError if the mesh does not divide the model.
+    "fp8" of a checkpoint without FP8 weights, or with a feed-forward that is FP8 in part;
+    ValueError if the mesh does not divide the model, or would cut blocks that stay FP8.
 
+    >>> import jax.numpy as jnp
     >>> from tempfile import TemporaryDirectory
     >>> from mla_jax import presets
     >>> with TemporaryDirectory() as directory:
@@ -300,8 +274,10 @@ def load_checkpoint(
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such directory")
     hf = read_json(root / CONFIG)
+    keep = dtype == "fp8"
     try:
         config, block = ModelConfig.from_hf(hf), weight_block_size(hf)
+        power_of_two = keep and scales_are_powers_of_two(hf)
     except ValueError as error:
         reason = str(error).removeprefix(f"{CONFIG}: ")
         raise CheckpointError(f"{root / CONFIG}: {reason}") from None
@@ -312,7 +288,11 @@ def load_checkpoint(
         for name, tensor in read_headers(root).items()
         if _is_part(tensor, config, extra_layers)
     }
-    if dtype is None:
+    if keep and all(tensor.dtype != FP8 for tensor in stored.values()):
+        raise CheckpointError(
+            f"{root}: dtype: got 'fp8', expected tensors in {FP8}, there are none"
+        )
+    if dtype is None or keep:
         dtype = _own_dtype(hf, config, stored)
     config = config.replace_dtype(dtype)
     if mesh is not None:
@@ -322,31 +302,40 @@ def load_checkpoint(
     parameters = _parameters(model)
     entries = list(_entries(config, parameters, stored))
     _check(root, entries, parameters, stored, block)
+    if keep:
+        empty = partial(BlockScaled.of_shape, block_size=block, power_of_two=power_of_two)
+        _keep_fp8(root, entries, parameters, stored, empty)
 
     def place(entry: _Entry) -> tuple[Path, int]:
         return stored[entry.tensor].file, stored[entry.tensor].start
 
-    buffers = {name: _buffer(parameter, mesh) for name, parameter in parameters.items()}
+    buffers = {name: _buffers(parameter, mesh) for name, parameter in parameters.items()}
     for entry in sorted(entries, key=place):
         tensor, scale = stored[entry.tensor], stored.get(entry.tensor + SCALE)
-        dtype = str(parameters[entry.parameter].dtype)
-        buffers[entry.parameter].fill(entry.slot, _reader(tensor, scale, dtype, block))
+        parts = jax.tree.leaves(buffers[entry.parameter])
+        # An array takes the two multiplied, what stays FP8 each by itself.
+        sources = [(tensor, scale)] if len(parts) == 1 else [(tensor, None), (scale, None)]
+        for part, source in zip(parts, sources, strict=True):
+            part.fill(entry.slot, reader(*source, str(part.dtype), block))
     for name, parameter in parameters.items():
-        parameter.set_value(buffers[name].array())
+        parameter.set_value(jax.tree.map(ShardedBuffer.array, buffers[name]))
     return model
 
 
-def _buffer(parameter: nnx.Variable, mesh: Mesh | None) -> ShardedBuffer:
+def _buffers(parameter: nnx.Variable, mesh: Mesh | None) -> Any:
+    """The parameter's value with a buffer in place of each array."""
     place = None if mesh is None else NamedSharding(mesh, parameter_spec(parameter, mesh))
-    return ShardedBuffer(parameter.shape, parameter.dtype, place)
+    return jax.tree.map(
+        lambda array: ShardedBuffer(array.shape, array.dtype, place), parameter.get_value()
+    )
 
 
 def save_checkpoint(model: Decoder, path: str | os.PathLike[str]) -> None:
     """Write `model` as a Hugging Face checkpoint that `load_checkpoint` and transformers read.
 
     The directory appears whole or not at all; in one that exists, each of the two files is replaced
-    whole. The model passes through host memory. Errors: ValueError for a config that
-    Hugging Face's model types cannot say, OSError.
+    whole. FP8 weights are written with their scales. The model passes through host memory. Errors:
+    ValueError for a config that Hugging Face's model types cannot say, OSError.
 
     >>> from tempfile import TemporaryDirectory
     >>> from mla_jax import presets
@@ -357,10 +346,14 @@ def save_checkpoint(model: Decoder, path: str | os.PathLike[str]) -> None:
     """
     config = model.config.to_hf()
     parameters = _parameters(model)
-    tensors = {
-        entry.tensor: np.ascontiguousarray(parameters[entry.parameter].get_value()[entry.slot])
-        for entry in _entries(model.config, parameters, stored=())
-    }
+    tensors: dict[str, np.ndarray] = {}
+    for entry in _entries(model.config, parameters, stored=()):
+        value = parameters[entry.parameter].get_value()[entry.slot]
+        if isinstance(value, BlockScaled):
+            config["quantization_config"] = quantization_config(value)
+            tensors[entry.tensor + SCALE] = np.ascontiguousarray(value.scales)
+            value = value.values
+        tensors[entry.tensor] = np.ascontiguousarray(value)
     root = Path(path).resolve()
     root.parent.mkdir(parents=True, exist_ok=True)
     # A draft in the same file system, so that renaming it is all that readers can see.

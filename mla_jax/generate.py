@@ -2,92 +2,39 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, Key
 
 from mla_jax.allocator import PageAllocator
 from mla_jax.cache import PagedLatentCache
 from mla_jax.config import ModelConfig
-from mla_jax.nn import Decoder, decode_step, prefill
+from mla_jax.decode_block import (
+    BLOCK_STEPS,
+    PREFILL_CHUNK,
+    decode_block,
+    first_tokens,
+    prefill_chunk,
+)
+from mla_jax.decode_plan import BACKEND, PAGE, check_supported, plan_decode, plan_room
+from mla_jax.megakernel import check_signals
+from mla_jax.nn import Decoder
 from mla_jax.sampling import Sampler
-from mla_jax.sharding.layout import logits_spec, replicated, rows_together, shard_model
+from mla_jax.sharding.layout import logits_spec, shard_model
 from mla_jax.sharding.mesh import CONTEXT_AXIS, DATA_AXIS, axis_size
 from pallas_kernels.precision import FP8
-
-BLOCK_STEPS = 32
-"""Decode steps a compiled block: pages are reserved before it, tokens are read after it."""
-
-PREFILL_CHUNK = 512
-"""Most prompt tokens a row brings to one prefill call."""
 
 KV_DTYPES = {None: None, "fp8": FP8}
 """The cache's dtype by what callers say; None is the model's."""
 
 
-@functools.partial(jax.jit, static_argnames="backend", donate_argnames=("cache", "logits"))
-def _prefill_chunk(
-    model: Decoder,
-    tokens: Int[Array, "batch tokens"],
-    counts: Int[Array, " batch"],
-    cache: PagedLatentCache,
-    logits: Float[Array, "batch vocab"],
-    *,
-    backend: str | None,
-) -> tuple[Float[Array, "batch vocab"], PagedLatentCache]:
-    """One chunk of every row's prompt; the logits of rows that bring no token stay."""
-    new_logits, cache = prefill(model, tokens, cache, counts=counts, backend=backend)
-    return jnp.where((counts > 0)[:, None], new_logits, logits), cache
-
-
-@functools.partial(
-    jax.jit, static_argnames=("sampler", "backend", "steps"), donate_argnames="cache"
-)
-def decode_block(
-    model: Decoder,
-    tokens: Int[Array, " batch"],
-    cache: PagedLatentCache,
-    key: Key[Array, ""],
-    *,
-    sampler: Sampler,
-    backend: str | None = None,
-    steps: int = BLOCK_STEPS,
-) -> tuple[Int[Array, "steps batch"], PagedLatentCache]:
-    """`steps` decode steps in one compiled call, sampling on the device; the cache is donated.
-
-    tokens: each row's newest token. Returns the tokens that follow, one row a step. Under
-    `jax.set_mesh` it is one program on all devices, and every one of them has all the tokens.
-    """
-
-    def step(carry, key):
-        tokens, cache = carry
-        logits, cache = decode_step(model, tokens, cache, backend=backend)
-        tokens = _sampled(sampler, logits, key)
-        return (tokens, cache), tokens
-
-    (_, cache), generated = lax.scan(step, (tokens, cache), jax.random.split(key, steps))
-    return replicated(generated), cache
-
-
-@functools.partial(jax.jit, static_argnames="sampler")
-def _first_tokens(
-    logits: Float[Array, "batch vocab"], key: Key[Array, ""], *, sampler: Sampler
-) -> Int[Array, " batch"]:
-    return replicated(_sampled(sampler, logits, key))
-
-
-def _sampled(
-    sampler: Sampler, logits: Float[Array, "batch vocab"], key: Key[Array, ""]
-) -> Int[Array, " batch"]:
-    # The greatest of parts is the greatest of all, but a sorted or a drawn row must be together.
-    return sampler(logits if sampler.temperature == 0 else rows_together(logits), key)
+def default_page_size(backend: str | None) -> int:
+    """Tokens a cache page, where the caller does not say: that of schedules, or 64."""
+    return PAGE if backend == BACKEND else 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,13 +82,17 @@ class _Session:
         seed: int,
         backend: str | None,
         ignore_eos: bool,
-        page_size: int,
+        page_size: int | None,
         num_pages: int | None,
         mesh: Mesh | None,
         kv_dtype: str | None,
     ) -> None:
-        config = model.config
-        self.model, self.mesh = model if mesh is None else shard_model(model, mesh), mesh
+        config, self.mesh = model.config, mesh
+        page_size = default_page_size(backend) if page_size is None else page_size
+        if backend == BACKEND:
+            with self._on_mesh():
+                check_supported(config, page_size, KV_DTYPES[kv_dtype])
+        self.model = model if mesh is None else shard_model(model, mesh)
         self.prompts, self.sampler = prompts, sampler
         self.max_new_tokens, self.backend = max_new_tokens, backend
         self.ends = frozenset() if ignore_eos else frozenset(config.eos_ids)
@@ -154,6 +105,12 @@ class _Session:
                 f"prompts: got {max(map(len, prompts))} tokens and {max_new_tokens} new ones, "
                 f"expected at most {config.max_seq_len}, the model's longest sequence"
             )
+        # Also at the end of the last block, in which a row may make more than it wants.
+        self.plan = (
+            plan_room(config, list(map(len, prompts)), steps=max_new_tokens + BLOCK_STEPS)
+            if backend == BACKEND
+            else None
+        )
         max_pages = -(-longest // page_size)
         groups = 1 if mesh is None else axis_size(mesh, DATA_AXIS)
         self.group_rows = -(-len(prompts) // groups)
@@ -212,8 +169,9 @@ class _Session:
         """Write every prompt to the cache; the first new token of every row."""
         self._upload_table()
         batch, longest = self.batch, max(map(len, self.prompts))
-        # Widths are powers of two, so that few programs serve all prompts, or what a row can hold.
-        width = min(PREFILL_CHUNK, max(8, 1 << (longest - 1).bit_length()), self.cache.max_length)
+        # Widths are powers of two, so that few programs serve all prompts, or the cache's own.
+        width = max(8, 1 << (longest - 1).bit_length())
+        width = min(PREFILL_CHUNK, width, self.cache.max_length)
         config, mesh = self.model.config, self.mesh
         place = None if mesh is None else NamedSharding(mesh, logits_spec(config, mesh))
         logits = jnp.zeros((batch, config.vocab), jnp.float32, device=place)
@@ -224,12 +182,13 @@ class _Session:
                 part = prompt[begin : begin + width]
                 chunk[row, : len(part)], counts[row] = part, len(part)
             with self._on_mesh():
-                logits, self.cache = _prefill_chunk(
-                    self.model, chunk, counts, self.cache, logits, backend=self.backend
+                logits, self.cache = prefill_chunk(
+                    *(self.model, chunk, counts, self.cache, logits),
+                    backend=None if self.backend == BACKEND else self.backend,
                 )
         self.key, key = jax.random.split(self.key)
         with self._on_mesh():
-            return np.asarray(_first_tokens(logits, key, sampler=self.sampler))
+            return np.asarray(first_tokens(logits, key, sampler=self.sampler))
 
     def decode(self, newest: np.ndarray) -> np.ndarray:
         """One block of steps after `newest`: tokens [steps, rows]."""
@@ -239,10 +198,20 @@ class _Session:
                 self._allocator(row).extend(sequence, min(BLOCK_STEPS, left))
         self._upload_table()
         self.key, key = jax.random.split(self.key)
+        if self.plan is not None:
+            # The newest token is not in the cache yet.
+            cached = (len(p) + len(m) - 1 for p, m in zip(self.prompts, self.made, strict=True))
+            rows = zip(self.rows, cached, strict=True)
+            lengths = [None if row is None else length for row, length in rows]
+            self.plan = plan_decode(self.model.config, lengths, steps=BLOCK_STEPS, like=self.plan)
         with self._on_mesh():
-            generated, self.cache = decode_block(
-                self.model, newest, self.cache, key, sampler=self.sampler, backend=self.backend
+            generated, self.cache, *plans = decode_block(
+                *(self.model, newest, self.cache, key, self.plan),
+                sampler=self.sampler,
+                backend=self.backend,
             )
+        for plan in plans:
+            check_signals(plan.signals)
         return np.asarray(generated)
 
     def take(self, generated: np.ndarray) -> list[list[int]]:
@@ -280,7 +249,7 @@ def stream(
     seed: int = 0,
     backend: str | None = None,
     ignore_eos: bool = False,
-    page_size: int = 64,
+    page_size: int | None = None,
     num_pages: int | None = None,
     mesh: Mesh | None = None,
     kv_dtype: str | None = None,
@@ -339,7 +308,7 @@ def generate(
     seed: int = 0,
     backend: str | None = None,
     ignore_eos: bool = False,
-    page_size: int = 64,
+    page_size: int | None = None,
     num_pages: int | None = None,
     mesh: Mesh | None = None,
     kv_dtype: str | None = None,
@@ -349,7 +318,9 @@ def generate(
     prompts: token ids, of any lengths; an empty one begins with the model's begin token.
     temperature 0 is greedy; see `Sampler` for top_k and top_p. A row stops at one of the config's
     end tokens, unless `ignore_eos`. `num_pages` bounds the cache: None takes what the prompts and
-    max_new_tokens can fill. backend: None picks the fastest that can run the decode kernels.
+    max_new_tokens can fill. backend: None picks the fastest that can run the decode kernels;
+    "megakernel" makes a schedule on the host for each block of steps (16 or 8 heads, latent 512,
+    rope 64, one device) and prefills with the fastest. page_size: None is 64, there 256.
     mesh: one from `sharding.make_mesh`; prompts are dealt out over `data`, each part with an equal
     share of the pages, and a model that does not lie on the mesh yet is put there.
     kv_dtype: "fp8" keeps the latent cache in float8_e4m3fn, None in the model's dtype;

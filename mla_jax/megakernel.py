@@ -1,16 +1,18 @@
 """Decode attention by an instruction schedule, as ThunderKittens' MLA megakernel runs it.
 
 `schedule` cuts a batch into instructions on the host; `mla_decode` executes them, in one launch
-where it can.
+where it can. `plan_decode` makes one for decode steps of a model.
 """
 
 from jaxtyping import Array, Float, Int
 
+from mla_jax.decode_plan import DecodePlan, plan_decode
 from pallas_kernels.megakernel import check_signals, decode_by_schedule, make_signals
 from pallas_kernels.schedule import CostModel, Schedule, get_quality, schedule
 
 __all__ = [
     "CostModel",
+    "DecodePlan",
     "Schedule",
     "check_signals",
     "decode_with_signals",
@@ -18,6 +20,7 @@ __all__ = [
     "make_signals",
     "mla_decode",
     "mla_decode_8_heads",
+    "plan_decode",
     "schedule",
 ]
 

@@ -5,7 +5,6 @@ for the cache's rows of 656 bytes.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,13 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, UInt8
 
+from pallas_kernels.block_scaled import (
+    DEFAULT_BLOCK,
+    BlockScaled,
+    quantize_groups,
+    scale_of,
+    spread_scales,
+    to_fp8,
+)
 from pallas_kernels.precision import FP8, GROUP
-
-LARGEST = 448.0
-"""The greatest e4m3 number: what is beyond it becomes NaN."""
-LEAST_AMAX = 1e-4
-"""A group whose numbers are smaller than this is scaled as if one were this large."""
-DEFAULT_BLOCK = (128, 128)
 
 
 def weight_block_size(config: dict[str, Any]) -> tuple[int, int]:
@@ -44,89 +45,37 @@ def weight_block_size(config: dict[str, Any]) -> tuple[int, int]:
     return sizes
 
 
-def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """The shape of the scales of a weight [*stack, m, n]: one a block, ragged edges included.
+def scales_are_powers_of_two(config: dict[str, Any]) -> bool:
+    """Whether a config.json's `quantization_config` wants that of activations' scales (ue8m0).
 
-    >>> scale_shape((576, 7168), (128, 128))
-    (5, 56)
+    Errors: ValueError for another `scale_fmt`, or activations that are not quantised as they come.
+
+    >>> scales_are_powers_of_two({"quantization_config": {"scale_fmt": "ue8m0"}})
+    True
     """
-    *stack, m, n = shape
-    return (*stack, -(-m // block[0]), -(-n // block[1]))
+    settings = config.get("quantization_config") or {}
+    scheme, form = settings.get("activation_scheme") or "dynamic", settings.get("scale_fmt")
+    if scheme != "dynamic":
+        raise ValueError(f"activation_scheme = {scheme!r} is not supported, expected 'dynamic'")
+    if form not in (None, "ue8m0"):
+        raise ValueError(f"scale_fmt = {form!r} is not supported, expected 'ue8m0' or none")
+    return form is not None
 
 
-@partial(jax.jit, static_argnames=("dtype", "block_size"))
-def dequantize_blocks(
-    weight: Float[Array, "*stack m n"],
-    scale_inv: Float[Array, "*stack m_blocks n_blocks"],
-    dtype: DTypeLike = jnp.bfloat16,
-    *,
-    block_size: tuple[int, int] = DEFAULT_BLOCK,
-) -> Float[Array, "*stack m n"]:
-    """weight[i, j] * scale_inv[i // rows, j // columns], multiplied in float32, then rounded once.
+def quantization_config(weight: BlockScaled) -> dict[str, Any]:
+    """What a config.json says of such weights: `weight_block_size` and the like read it back.
 
-    weight: float8_e4m3fn. scale_inv: float32, what checkpoints call `weight_scale_inv`; despite
-    its name it is the multiplier. Sizes need not be multiples of the block. Errors: ValueError if
-    there is not one scale a block.
-
-    >>> weight = jnp.ones((2, 3), jnp.float8_e4m3fn)
-    >>> dequantize_blocks(weight, jnp.array([[0.5, 2.0]]), jnp.float32, block_size=(2, 2))
-    Array([[0.5, 0.5, 2. ],
-           [0.5, 0.5, 2. ]], dtype=float32)
+    >>> settings = quantization_config(BlockScaled.of_shape((8, 8), (4, 2)))
+    >>> weight_block_size({"quantization_config": settings})
+    (4, 2)
     """
-    expected = scale_shape(weight.shape, block_size)
-    if scale_inv.shape != expected:
-        raise ValueError(
-            f"scale_inv: got shape {scale_inv.shape}, expected {expected} for a weight "
-            f"{weight.shape} in blocks of {block_size}"
-        )
-    *_, m, n = weight.shape
-    rows = jnp.arange(m)[:, None] // block_size[0]
-    columns = jnp.arange(n) // block_size[1]
-    scales = scale_inv[..., rows, columns].astype(jnp.float32)
-    return (weight.astype(jnp.float32) * scales).astype(dtype)
-
-
-def _scale_of(amax: Float[Array, "*shape"], power_of_two: bool = False) -> Float[Array, "*shape"]:
-    scale = jnp.maximum(amax, LEAST_AMAX) / LARGEST
-    if power_of_two:
-        # The next power of two, by the exponent: a rounded log2 could be off by one.
-        fraction, exponent = jnp.frexp(scale)
-        scale = jnp.ldexp(jnp.ones_like(scale), jnp.where(fraction == 0.5, exponent - 1, exponent))
-    return scale
-
-
-def _to_fp8(scaled: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    return jnp.clip(scaled, -LARGEST, LARGEST).astype(FP8)
-
-
-def quantize_groups(
-    x: Float[Array, "*rows width"], *, power_of_two: bool = False
-) -> tuple[Float[Array, "*rows width"], Float[Array, "*rows groups"]]:
-    """(e4m3 values, float32 scales) of each row's groups of 128 columns: x is values * scales.
-
-    A scale is max(amax, 1e-4) / 448 over its group; power_of_two (ue8m0): the next power of two.
-    The last group is what is left of a row. A group with a NaN has NaN as its scale.
-
-    >>> values, scales = quantize_groups(jnp.array([[448.0, 1.0], [0.0, 7.0]]))
-    >>> values.astype(jnp.float32).tolist(), scales.tolist()
-    ([[448.0, 1.0], [0.0, 448.0]], [[1.0], [0.015625]])
-    """
-    *rows, width = x.shape
-    groups = -(-width // GROUP)
-    x = x.astype(jnp.float32)
-    padded = jnp.pad(x, [*((0, 0) for _ in rows), (0, groups * GROUP - width)])
-    amax = jnp.abs(padded).reshape(*rows, groups, GROUP).max(axis=-1)
-    scales = _scale_of(amax, power_of_two)
-    return _to_fp8(x / spread_scales(scales, width)), scales
-
-
-def spread_scales(scales: Float[Array, "*rows groups"], width: int) -> Float[Array, "*rows width"]:
-    """The scale of each of `width` columns, whose groups are of 128.
-
-    >>> spread_scales(jnp.array([2.0, 3.0]), 130)[126:].tolist()
-    [2.0, 2.0, 3.0, 3.0]
-    """
-    return jnp.repeat(scales, GROUP, axis=-1)[..., :width]
+    settings = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(weight.block_size),
+    }
+    return settings | ({"scale_fmt": "ue8m0"} if weight.power_of_two else {})
 
 
 class QuantizedPool(NamedTuple):
@@ -263,9 +212,9 @@ def quantize_cache(
     pools = [pool.astype(jnp.float32) for pool in (ckv, kpe)]
     if scale is None:
         found = [jnp.where(jnp.isnan(x), 0, jnp.abs(x)).max(initial=0) for x in pools]
-        scale = _scale_of(jnp.maximum(*found))
+        scale = scale_of(jnp.maximum(*found))
     scale = jnp.asarray(scale, jnp.float32)
-    values = [_to_fp8(x / scale) for x in pools]
+    values = [to_fp8(x / scale) for x in pools]
     return QuantizedLatents(ckv=values[0], scales=scale, kpe=values[1])
 
 

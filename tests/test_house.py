@@ -121,7 +121,8 @@ def public() -> dict[str, object]:
 # Records that functions make, whose examples show them; and numbers that are clear as they stand.
 WITHOUT_EXAMPLE = {
     *("mla_jax.CheckpointError", "mla_jax.QuantizedLatents", "mla_jax.flash_mla.MLAMetadata"),
-    *("mla_jax.megakernel.CostModel", "mla_jax.megakernel.Schedule"),
+    *("mla_jax.megakernel.CostModel", "mla_jax.megakernel.DecodePlan"),
+    "mla_jax.megakernel.Schedule",
     *("mla_jax.reference.LayerTrace",),
 }
 

@@ -13,20 +13,21 @@ default model.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from mla_jax.bench.megakernel import PAGE, by_schedule
+from mla_jax.bench.megakernel import PAGE, decode_chain
 from mla_jax.bench.paged import DTYPE, PagedShape, make_inputs
 from mla_jax.bench.schedules import SHAPES
-from mla_jax.bench.timing import CALLS, alternating_seconds
+from mla_jax.bench.timing import CALLS, alternating_seconds, burst_of
 from mla_jax.bench.tune import Target, Workload
-from mla_jax.megakernel import CostModel, Schedule, schedule
+from mla_jax.megakernel import CostModel, Schedule, check_signals, schedule
 from mla_jax.paged import DEFAULT_SM_SCALE
 from pallas_kernels.megakernel.persistent import run_persistent
 from pallas_kernels.paged_attention import PagedTiles
@@ -38,8 +39,6 @@ from pallas_kernels.schedule.instructions.table import pack_queues
 from pallas_kernels.schedule.instructions.words import PARTIAL, REDUCTION
 from pallas_kernels.tuning import Entry
 
-BACKEND = "megakernel"
-"""What is measured."""
 # Rows, keys, warps, stages.
 TILES = (
     *((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3), (64, 32, 4, 3)),
@@ -122,6 +121,11 @@ def fit_costs(experiments: Sequence[Experiment], micros: Sequence[float]) -> Cos
     )
 
 
+def _how(interpret: bool) -> dict[str, Any]:
+    """Processors that wait need the queue of all in the interpreter."""
+    return {"queue": "global" if interpret else "processors", "interpret": interpret}
+
+
 def tiles_target(
     *,
     tokens: int,
@@ -141,10 +145,8 @@ def tiles_target(
 
         def run(q_v: Array, q_rot: Array, v: Array, k_rot: Array, table: Array, _: Array) -> Array:
             arrays = (q_rot, q_v, k_rot, v, table, jnp.float32(DEFAULT_SM_SCALE))
-            # Processors that wait need the queue of all in the interpreter.
-            queue = "global" if interpret else "processors"
-            options = {"queue": queue, "interpret": interpret, "tiles": tiles}
-            return run_persistent(plan, None, None, *arrays, **options)[0]
+            how = {**_how(interpret), "tiles": tiles}
+            return run_persistent(plan, None, None, *arrays, **how)[0]
 
         return run
 
@@ -162,31 +164,82 @@ def tiles_target(
     )
 
 
-def measured(plan: Schedule, tokens: int, heads: int) -> float:
-    """Microseconds of a launch of `plan` on the present GPU."""
-    shape = PagedShape(
-        name="costs",
-        lengths=tuple(plan.lengths.tolist()),
-        heads=heads,
-        tokens=tokens,
-        page_size=PAGE,
-    )
-    contender = by_schedule(plan, make_inputs(shape), backend=BACKEND)
-    contender.output()  # which raises if something is wrong
-    [seconds] = alternating_seconds([contender.burst])
-    return seconds / contender.calls * 1e6
+class Trial(NamedTuple):
+    """What differs between the launches of an experiments' program."""
+
+    plan: Schedule
+    table: Int[Array, "batch max_pages"]
+
+
+def _trials(plans: Sequence[Schedule], order: Int[np.ndarray, " pages"]) -> list[Trial]:
+    """The plans in equal sizes, so that one program runs them all, with pages from `order`.
+
+    Sequences that a plan lacks are rows without an instruction.
+    """
+    batch = max(plan.batch for plan in plans)
+    largest = functools.reduce(Schedule.as_large_as, plans)
+    pages_of = [-(-plan.lengths // PAGE) for plan in plans]
+    widest = max(pages.max() for pages in pages_of)
+    trials = []
+    for plan, pages in zip(plans, pages_of, strict=True):
+        table = np.zeros((batch, widest), np.int32)
+        listed = np.arange(widest) < np.pad(pages, (0, batch - plan.batch))[:, None]
+        table[listed] = order[: pages.sum()]
+        sized = plan.as_large_as(largest)
+        # On the device, where nobody asks for the lacking rows.
+        words = jnp.asarray(sized.instructions)
+        trials.append(
+            Trial(dataclasses.replace(sized, instructions=words, batch=batch), jnp.asarray(table))
+        )
+    return trials
+
+
+def measured(
+    plans: Sequence[Schedule],
+    tokens: int,
+    heads: int,
+    tiles: PagedTiles | None,
+    *,
+    calls: int = CALLS,
+    interpret: bool = False,
+) -> list[float]:
+    """Microseconds of a launch of each plan on the present GPU; all take turns in one program.
+
+    tiles: None is those that a call gets. Errors: RuntimeError if a launch has waited in vain.
+    """
+    pages = max(int((-(-plan.lengths // PAGE)).sum()) for plan in plans)
+    batch = max(plan.batch for plan in plans)
+    lengths = (PAGE,) * max(pages, batch)
+    shape = PagedShape(name="costs", lengths=lengths, heads=heads, tokens=tokens, page_size=PAGE)
+    inputs = make_inputs(shape)
+    queries = inputs.q_nope[:batch], inputs.q_pe[:batch]
+
+    def launch(signals: Array, plan: Schedule, *arrays: Array) -> tuple[Array, Array]:
+        how = {**_how(interpret), "scale": jnp.float32(DEFAULT_SM_SCALE), "tiles": tiles}
+        return run_persistent(plan, None, signals, *arrays, **how)
+
+    chain, bursts = decode_chain(launch, calls), []
+    for trial in _trials(plans, np.asarray(inputs.table[:, 0])):
+        args = (trial.plan, *queries, inputs.ckv, inputs.kpe, trial.table)
+        check_signals(chain(*args)[-1])
+        bursts.append(burst_of(chain, *args))
+    return [seconds / calls * 1e6 for seconds in alternating_seconds(bursts)]
 
 
 def measure_costs(
     tokens: int,
     heads: int,
     processors: int,
-    time: Callable[[Schedule, int, int], float] = measured,
+    tiles: PagedTiles | None = None,
+    time: Callable[..., list[float]] | None = None,
 ) -> tuple[Entry, list[tuple[Experiment, float, float]]]:
-    """The table's entry; and each experiment with its time and the fitted model's, in µs."""
+    """The table's entry; and each experiment with its time and the fitted model's, in µs.
+
+    time: None is `measured`, whose errors it has.
+    """
     experiments = [each for each in EXPERIMENTS if each.inputs + tokens <= processors]
     plans = [hand_made(each, tokens, heads, processors) for each in experiments]
-    micros = [time(plan, tokens, heads) for plan in plans]
+    micros = (time or measured)(plans, tokens, heads, tiles)
     costs = fit_costs(experiments, micros)
     promised = [dataclasses.replace(plan, cost_model=costs).makespan for plan in plans]
     entry = {

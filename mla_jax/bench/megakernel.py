@@ -6,7 +6,9 @@ those who know no other. A chain's launches hand on their signals; its schedule 
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ from mla_jax.bench.peers import Contender, PagedInputs, Peer
 from mla_jax.bench.schedules import SHAPES
 from mla_jax.bench.timing import CALLS, alternating_seconds, burst_of
 from mla_jax.megakernel import (
+    CostModel,
     Schedule,
     check_signals,
     decode_with_signals,
@@ -40,7 +43,7 @@ from pallas_kernels.device import current_device
 
 PAGE = 256
 HEADS = (16, 8)
-WAYS: dict[str, dict[str, str]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "megakernel": {"backend": "megakernel"},
     "megakernel-global": {"backend": "megakernel", "queue": "global"},
     "triton": {"backend": "triton"},
@@ -77,32 +80,43 @@ def find_shapes(names: Sequence[str] | None) -> list[PagedShape]:
     ]
 
 
-def decode_chain(calls: int = CALLS, **way: Any) -> Callable[..., tuple[Array, Array]]:
-    """A jitted program of (schedule, q_v, q_rot, v, k_rot, table): the last output and signals.
+Launch = Callable[..., tuple[Array, Array]]
+"""(output, signals) of (signals, schedule, q_rot, q_v, k_rot, v, table)."""
 
-    Each of `calls` calls takes the previous one's output for its q_v, and its signals.
+
+def decode_chain(launch: Launch, calls: int) -> Callable[..., tuple[Array, Array, Array]]:
+    """A jitted program of (schedule, q_v, q_rot, v, k_rot, table): first output, last, signals.
+
+    Each of `calls` launches takes the previous one's output for its q_v, and its signals.
     """
+    call = jax.jit(launch)  # traced and lowered once for all calls
 
     def program(plan: Schedule, q_v: Array, q_rot: Array, v: Array, k_rot: Array, table: Array):
-        signals = make_signals(plan)
-        for _ in range(calls):
-            arrays = (q_rot, q_v, k_rot, v, table)
-            q_v, signals = decode_with_signals(signals, plan, *arrays, DEFAULT_SM_SCALE, **way)
-        return q_v, signals
+        out, signals = call(make_signals(plan), plan, q_rot, q_v, k_rot, v, table)
+        last = out
+        for _ in range(calls - 1):
+            last, signals = call(signals, plan, q_rot, last, k_rot, v, table)
+        return out, last, signals
 
     return jax.jit(program)
 
 
-def by_schedule(plan: Schedule, inputs: PagedInputs, **way: Any) -> Contender:
-    """`mla_decode` by `plan`, of 16 or 8 heads."""
-    args = (plan, *inputs.args[:-1])
+def by_schedule(
+    plan: Schedule, inputs: PagedInputs, *, calls: int = CALLS, **way: Any
+) -> Contender:
+    """`mla_decode` by `plan`, of 16 or 8 heads; its output is the first of a chain."""
+
+    def launch(*args: Any) -> tuple[Array, Array]:
+        return decode_with_signals(*args, scale=DEFAULT_SM_SCALE, **way)
+
+    chain, args = decode_chain(launch, calls), (plan, *inputs.args[:-1])
 
     def output() -> np.ndarray:
-        out, signals = decode_chain(1, **way)(*args)
+        out, _, signals = chain(*args)
         check_signals(signals)
         return np.asarray(out.astype(jnp.float32))
 
-    return Contender(burst=burst_of(decode_chain(**way), *args), output=output, calls=CALLS)
+    return Contender(burst=burst_of(chain, *args), output=output, calls=calls)
 
 
 def in_pages_of_peers(inputs: PagedInputs) -> PagedInputs:
@@ -131,8 +145,8 @@ def bench_shape(
     """A row for each way and rival, all of which take turns: ratio is the rival's time over ours.
 
     The rivals are `peers` and our own split-KV decode, paged_decode. makespan_us is what the
-    schedule's cost model promises. Errors: RuntimeError if two outputs do not agree, or a launch
-    has waited in vain.
+    schedule's cost model promises, by default costs or by those of `mla-jax tune megakernel`.
+    Errors: RuntimeError if two outputs do not agree, or a launch has waited in vain.
     """
     inputs = make_inputs(shape, seed)
     plan = schedule(shape.lengths, shape.tokens, num_heads=shape.heads)
@@ -141,7 +155,15 @@ def bench_shape(
     rivals = {"paged_decode": ours(cut, None)}
     rivals |= {name: peer.prepare(cut) for name, peer in peers.items()}
     contenders = {**own, **rivals}
-    outputs = {name: contender.output() for name, contender in contenders.items()}
+
+    def prepared(contender: Contender) -> np.ndarray:
+        contender.burst(1)
+        return contender.output()
+
+    # Their compilers run side by side.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(prepared, contenders.values())
+        outputs = dict(zip(contenders, results, strict=True))
     for name in ways:
         for rival in rivals:
             check_agreement(shape.name, rival, outputs[name], outputs[rival])
@@ -161,6 +183,7 @@ def bench_shape(
             "peer": f"{rival} ({split})" if rival == "paged_decode" else rival,
             "peer_us": peer_us,
             "ratio": peer_us / micros[name],
+            "costs": "default" if plan.cost_model == CostModel() else "tuned",
             "makespan_us": plan.makespan,
             "over_makespan": micros[name] / plan.makespan,
             "gb_s": shape.moved / micros[name] / 1e3,

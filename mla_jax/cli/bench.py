@@ -33,7 +33,8 @@ in plain JAX, which gathers the listed tokens."""
 MEGAKERNEL = """\
 Times decoding by a schedule, in bfloat16 with 16 and 8 heads: one launch (megakernel), one with a
 global queue (megakernel-global), a launch for each level (triton), beside our split-KV decode and
-the peers of `bench paged`. makespan_us is what the schedule's cost model promises."""
+the peers of `bench paged`. makespan_us is what the schedule's cost model promises, with the costs
+of `mla-jax tune megakernel` where it has run, and over_makespan the measured time over that."""
 
 
 FP8 = """\

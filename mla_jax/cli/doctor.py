@@ -25,11 +25,12 @@ def add_parser(subparsers) -> None:
     p.add_argument(
         "--plan",
         action="store_true",
-        help="bytes a device and messages a decode step, for --mesh, --batch and --tokens",
+        help="bytes a device and messages a decode step, for --mesh, --batch, --tokens, --dtype",
     )
     p.add_argument("--mesh", type=mesh_sizes, default={}, metavar="data=D,model=M,context=C")
     p.add_argument("--batch", type=int, default=1, metavar="N", help="rows (default 1)")
     p.add_argument("--tokens", type=int, default=4096, metavar="N", help="a row (default 4096)")
+    p.add_argument("--dtype", choices=("fp8",), help="weights that FP8 checkpoints have in FP8")
     p.add_argument("--link-gb-s", type=float, metavar="X", help="measured, one direction")
     p.add_argument("--link-us", type=float, metavar="X", help="measured latency of a small message")
     p.add_argument("--json", action="store_true")
@@ -141,6 +142,7 @@ def plan(args: argparse.Namespace) -> dict:
         batch=args.batch,
         tokens=args.tokens,
         page_size=args.page_size,
+        dtype=args.dtype,
         **args.mesh,
     )
     report = {"preset": args.preset, "mesh": args.mesh, **dataclasses.asdict(planned)}

@@ -43,15 +43,30 @@ def add_parser(subparsers) -> None:
     p.add_argument("--top-p", type=float, metavar="P", help="in (0, 1]")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--ignore-eos", action="store_true", help="do not stop at an end token")
-    p.add_argument("--backend", metavar="NAME", help="triton or reference (default: fastest)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    p.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="triton or reference, or megakernel: decode steps by a schedule, with 16 or 8 heads, "
+        "latent 512 and rope 64 (default: fastest)",
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "fp8"),
+        help="fp8: weights that the checkpoint has in FP8 stay so (default: the checkpoint's, "
+        "FP8 as bfloat16)",
+    )
     p.add_argument(
         "--kv-dtype",
         choices=("fp8",),
         help="keep the cache's latents in float8_e4m3fn, and report how that moves the logits that "
         "follow the prompts (default: the model's dtype)",
     )
-    p.add_argument("--page-size", type=count, default=64, metavar="N", help="tokens a cache page")
+    p.add_argument(
+        "--page-size",
+        type=count,
+        metavar="N",
+        help="tokens a cache page (default: 64, and 256 for megakernel)",
+    )
     p.add_argument("--num-pages", type=count, metavar="N", help="cache pages (default: enough)")
     p.add_argument(
         "--mesh",
@@ -114,7 +129,8 @@ def _status(console: Console) -> Iterator:
 
 def run(args: argparse.Namespace) -> int:
     from mla_jax.checkpoint import load_checkpoint
-    from mla_jax.generate import stream
+    from mla_jax.decode_plan import BACKEND
+    from mla_jax.generate import default_page_size, stream
     from mla_jax.logit_shift import logit_shift
     from mla_jax.sampling import Sampler
     from mla_jax.sharding import make_mesh
@@ -129,6 +145,8 @@ def run(args: argparse.Namespace) -> int:
     shift: dict[str, float] = {}
     if args.kv_dtype is not None and mesh is not None:
         raise ValueError("--kv-dtype: got fp8 with --mesh, whose logits are not compared yet")
+    if args.kv_dtype is not None and args.backend == BACKEND:
+        raise ValueError(f"--kv-dtype: got fp8 with --backend {BACKEND}, which has no fp8 cache")
     errors = Console(stderr=True, quiet=not writes)
     with _status(errors) as show:
         show(f"loading {path}")
@@ -142,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
                 [row or [model.config.bos_id or 0] for row in rows],
                 kv_dtype=args.kv_dtype,
                 backend=args.backend,
-                page_size=args.page_size,
+                page_size=args.page_size or default_page_size(args.backend),
             )
             errors.print(_shift_line(args.kv_dtype, shift), markup=False, highlight=False)
         made: list[list[int]] = [[] for _ in rows]

@@ -93,12 +93,15 @@ def _line(values: dict) -> str:
 def _tune_megakernel(tokens: list[int], processors: int, path: Path, console) -> None:
     from mla_jax.bench import costs, results
     from pallas_kernels import tuning
+    from pallas_kernels.paged_attention import PagedTiles
     from pallas_kernels.schedule.instructions.words import QUERY_TOKENS
 
-    groups = {min(count, QUERY_TOKENS) * heads: heads for count in tokens for heads in (16, 8)}
+    # Where both have so many rows, 16 heads stand for them: as most models have.
+    groups = {min(n, QUERY_TOKENS) * heads: heads for heads in (8, 16) for n in tokens}
     for rows, heads in sorted(groups.items()):
-        _tune_tiles(costs.tiles_target(tokens=rows // heads, heads=heads), path, console)
-        entry, times = costs.measure_costs(rows // heads, heads, processors)
+        count = rows // heads
+        tiles = _tune_tiles(costs.tiles_target(tokens=count, heads=heads), path, console)
+        entry, times = costs.measure_costs(count, heads, processors, PagedTiles(**tiles))
         tuning.record(path, entry, results.header())
         line = f"{entry['op']} rows {rows}: {_line(entry['costs'])}"
         console.print(line, soft_wrap=True, highlight=False)
@@ -108,7 +111,7 @@ def _tune_megakernel(tokens: list[int], processors: int, path: Path, console) ->
             console.print(line, soft_wrap=True, highlight=False)
 
 
-def _tune_tiles(target, path: Path, console) -> None:
+def _tune_tiles(target, path: Path, console) -> dict:
     import dataclasses
 
     from mla_jax.bench import results, tune
@@ -126,6 +129,7 @@ def _tune_tiles(target, path: Path, console) -> None:
     for tiles, reason in skipped.items():
         words = f"  skipped {_line(dataclasses.asdict(tiles))}: {reason}"
         console.print(words, soft_wrap=True, highlight=False, markup=False)
+    return entry["tiles"]
 
 
 def run(args: argparse.Namespace) -> int:

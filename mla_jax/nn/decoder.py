@@ -1,6 +1,7 @@
 """The decoder, and the two functions that a decode loop is written with."""
 
 import dataclasses
+from typing import overload
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,10 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax.cache import LatentPool, PagedLatentCache, PageView
 from mla_jax.config import ModelConfig
+from mla_jax.decode_plan import BACKEND, DecodePlan, check_plan
 from mla_jax.nn.feed_forward import FeedForward, MoE
 from mla_jax.nn.linear import einsum, normal_param
 from mla_jax.nn.mla import MLA, Rotation
 from mla_jax.nn.norm import RMSNorm
+from mla_jax.nn.scheduled import scheduled_attention
 from mla_jax.quantization import QuantizedPool
 from mla_jax.rope import rotation
 from mla_jax.sharding.layout import on_shards
@@ -28,6 +31,11 @@ class KernelChoice:
 
     def __post_init__(self) -> None:
         check_name(self.backend)
+
+    @property
+    def besides_attention(self) -> str | None:
+        """The backend of other kernels than attention's, which alone have a schedule."""
+        return None if self.backend == BACKEND else self.backend
 
 
 class DecoderLayer(nnx.Module):
@@ -46,7 +54,8 @@ class DecoderLayer(nnx.Module):
     def feed_forward(self, x: Array, kernels: KernelChoice) -> Array:
         hidden = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
-            return x + self.ffn(hidden, backend=kernels.backend, interpret=kernels.interpret)
+            backend = kernels.besides_attention
+            return x + self.ffn(hidden, backend=backend, interpret=kernels.interpret)
         return x + self.ffn(hidden)
 
     def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
@@ -62,20 +71,22 @@ class DecoderLayer(nnx.Module):
         view: PageView,
         rope: Rotation,
         kernels: KernelChoice,
-    ) -> tuple[Array, LatentPool, Array, QuantizedPool | None]:
-        """(x + attention, the pools with this call's tokens): the layer's first half."""
+        plan: DecodePlan | None = None,
+    ) -> tuple[Array, LatentPool, Array, QuantizedPool | None, DecodePlan | None]:
+        """(x + attention, the pools with this call's tokens, plan): the layer's first half."""
         hidden, indices = self.attn_norm(x), None
         if self.attn.indexer is not None and index_pool is not None:
             q_lora = self.attn.query_latent(hidden)
             indices, index_pool = self.attn.indexer.paged(hidden, q_lora, index_pool, view, rope)
-        attended, ckv_pool, kpe_pool = self.attn.paged(
-            hidden,
-            *(ckv_pool, kpe_pool, view, rope),
-            indices=indices,
-            backend=kernels.backend,
-            interpret=kernels.interpret,
-        )
-        return x + attended, ckv_pool, kpe_pool, index_pool
+        args = (hidden, ckv_pool, kpe_pool, view, rope)
+        choice = {"backend": kernels.backend, "interpret": kernels.interpret}
+        if plan is None:
+            attended, ckv_pool, kpe_pool = self.attn.paged(*args, indices=indices, **choice)
+        else:
+            attended, ckv_pool, kpe_pool, plan = scheduled_attention(
+                self.attn, *args, plan, **choice
+            )
+        return x + attended, ckv_pool, kpe_pool, index_pool, plan
 
 
 class Decoder(nnx.Module):
@@ -119,8 +130,12 @@ class Decoder(nnx.Module):
         cache: PagedLatentCache,
         view: PageView,
         kernels: KernelChoice,
-    ) -> tuple[Float[Array, "batch tokens dim"], PagedLatentCache]:
-        """Hidden states of `tokens`, which are written to the cache where `view` says."""
+        plan: DecodePlan | None = None,
+    ) -> tuple[Float[Array, "batch tokens dim"], PagedLatentCache, DecodePlan | None]:
+        """Hidden states of `tokens`, which are written to the cache where `view` says.
+
+        One token a row is attended to as `plan` says, if there is one.
+        """
         if len(cache.ckv) != len(self.layers):
             raise ValueError(
                 f"cache: got {len(cache.ckv)} layers, expected the model's {len(self.layers)}"
@@ -137,11 +152,11 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(self.layers):
             index_pool = index_keys[i] if index_keys else None
             pools = ckv[i], kpe[i], index_pool
-            x, ckv[i], kpe[i], index_pool = layer.attend(x, *pools, view, rope, kernels)
+            x, ckv[i], kpe[i], index_pool, plan = layer.attend(x, *pools, view, rope, kernels, plan)
             x = layer.feed_forward(x, kernels)
             if index_pool is not None:
                 index_keys[i] = index_pool
-        return x, cache.advanced(view, tuple(ckv), tuple(kpe), tuple(index_keys))
+        return x, cache.advanced(view, tuple(ckv), tuple(kpe), tuple(index_keys)), plan
 
 
 def prefill(
@@ -184,26 +199,56 @@ def prefill(
     kernels = KernelChoice(backend=backend, interpret=interpret)
 
     def step(model: Decoder, cache: PagedLatentCache, tokens: Array, counts: Array):
-        x, cache = model.paged(tokens, cache, cache.view(width, counts), kernels)
+        x, cache, _ = model.paged(tokens, cache, cache.view(width, counts), kernels)
         last = jnp.clip(counts - 1, 0, width - 1)
         return model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
 
     return on_shards(step, model, cache, tokens, counts)
 
 
+@overload
+def decode_step(
+    model: Decoder,
+    tokens: Array,
+    cache: PagedLatentCache,
+    plan: None = None,
+    *,
+    backend: str | None = None,
+    interpret: bool = False,
+) -> tuple[Array, PagedLatentCache]: ...
+@overload
+def decode_step(
+    model: Decoder,
+    tokens: Array,
+    cache: PagedLatentCache,
+    plan: DecodePlan,
+    *,
+    backend: str | None = None,
+    interpret: bool = False,
+) -> tuple[Array, PagedLatentCache, DecodePlan]: ...
+
+
 def decode_step(
     model: Decoder,
     tokens: Int[Array, " batch"],
     cache: PagedLatentCache,
+    plan: DecodePlan | None = None,
     *,
     backend: str | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "batch vocab"], PagedLatentCache]:
-    """Append one token to every row, and give the logits of the next one.
+):
+    """Append one token to every row: (the logits [batch, vocab] of the next one, the cache).
 
     A row whose next position has no page is left as it is, and its logits mean nothing. Jit with
     the cache donated, or call inside `jax.lax.scan`; nothing depends on the lengths but values.
     Meshes and errors: as `prefill`.
+
+    plan: attention goes by its schedule (`megakernel.plan_decode`), in all layers, and it comes
+    back as a third result for the next step; after many steps `megakernel.check_signals` says
+    whether all launches found what they waited for. `backend` is then the schedule's, "megakernel"
+    that of one launch, beside which the other kernels are the fastest that can run. A row that has
+    outgrown the plan gives NaN. Errors: NotImplementedError for a model, cache or mesh that a
+    schedule cannot serve, ValueError for another batch's plan or for that backend without one.
 
     >>> from flax import nnx
     >>> from mla_jax import presets
@@ -216,9 +261,20 @@ def decode_step(
     """
     kernels = KernelChoice(backend=backend, interpret=interpret)
 
-    def step(model: Decoder, cache: PagedLatentCache, tokens: Array):
+    def run(model: Decoder, cache: PagedLatentCache, tokens: Array, plan: DecodePlan | None):
         view = cache.view(1, jnp.ones_like(cache.lengths))
-        x, cache = model.paged(tokens[:, None], cache, view, kernels)
-        return model.logits(x[:, 0]), cache
+        x, cache, plan = model.paged(tokens[:, None], cache, view, kernels, plan)
+        return model.logits(x[:, 0]), cache, plan
+
+    if plan is not None:
+        check_plan(plan, model.config, cache)  # also that no mesh is set
+        return run(model, cache, tokens, plan)
+    if backend == BACKEND:
+        raise ValueError(
+            f"plan: got None with backend {BACKEND!r}, expected one of megakernel.plan_decode"
+        )
+
+    def step(model: Decoder, cache: PagedLatentCache, tokens: Array):
+        return run(model, cache, tokens, None)[:2]
 
     return on_shards(step, model, cache, tokens)

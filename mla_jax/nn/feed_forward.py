@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mla_jax.config import MoEConfig
-from mla_jax.nn.linear import Linear, einsum, normal_param
+from mla_jax.nn.linear import Linear, Weight, einsum, normal_param, product
 from mla_jax.sharding.collectives import part_index, parts, sum_over_model
 from mla_jax.sharding.mesh import MODEL_AXIS
 from pallas_kernels.expert_ffn import expert_ffn
@@ -17,7 +17,8 @@ class FeedForward(nnx.Module):
     """down(silu(gate x) * (up x)); gate and up lie in one array, [2, inter, dim]."""
 
     def __init__(self, dim: int, inter_dim: int, dtype: str, *, rngs: nnx.Rngs) -> None:
-        self.gate_up = normal_param((2, inter_dim, dim), dtype, rngs, (None, MODEL_AXIS, None))
+        shards = (None, MODEL_AXIS, None)
+        self.gate_up = normal_param((2, inter_dim, dim), dtype, rngs, shards, Weight)
         self.down = Linear(inter_dim, dim, dtype, rngs=rngs, shards=(None, MODEL_AXIS))
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
@@ -25,7 +26,7 @@ class FeedForward(nnx.Module):
 
     def partial(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         """What the hidden features of this device add to the result."""
-        gate, up = jnp.moveaxis(einsum("...d,gid->...gi", x, self.gate_up[...]), -2, 0)
+        gate, up = jnp.moveaxis(product(x, self.gate_up[...]), -2, 0)
         return self.down(jax.nn.silu(gate) * up)
 
 
@@ -72,8 +73,9 @@ class MoE(nnx.Module):
         experts, inter = config.n_routed, config.inter_dim
         by_expert = (MODEL_AXIS, None, None)
         self.router = Router(config, dim, dtype, rngs=rngs)
-        self.gate_up = normal_param((experts, 2, inter, dim), dtype, rngs, (*by_expert, None))
-        self.down = normal_param((experts, dim, inter), dtype, rngs, by_expert)
+        gate_up, down = (experts, 2, inter, dim), (experts, dim, inter)
+        self.gate_up = normal_param(gate_up, dtype, rngs, (*by_expert, None), Weight)
+        self.down = normal_param(down, dtype, rngs, by_expert, Weight)
         self.shared = (
             FeedForward(dim, config.n_shared * inter, dtype, rngs=rngs) if config.n_shared else None
         )

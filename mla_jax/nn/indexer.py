@@ -14,7 +14,7 @@ from mla_jax.indexer import (
     quantize_vectors,
     select_keys,
 )
-from mla_jax.nn.linear import Linear, einsum
+from mla_jax.nn.linear import Linear, einsum, plain
 from mla_jax.nn.norm import LayerNorm
 from mla_jax.quantization import QuantizedPool
 from mla_jax.rope import apply_rotary
@@ -115,7 +115,8 @@ class Indexer(nnx.Module):
         q = self.wq_b(q_lora).reshape(*x.shape[:-1], -1, self.config.index_head_dim)
         q = self._rotate(q, cos[..., None, :], sin[..., None, :])
         k = self._rotate(self.k_norm(self.wk(x)), cos, sin)
-        weights = einsum("...i,hi->...h", x, self.weights_proj.weight[...], out=jnp.float32)
+        to_weights = plain(self.weights_proj.weight[...], x.dtype)
+        weights = einsum("...i,hi->...h", x, to_weights, out=jnp.float32)
         return q, k, weights
 
     def _rotate(self, x: Array, cos: Array, sin: Array) -> Array:

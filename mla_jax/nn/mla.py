@@ -20,7 +20,7 @@ from mla_jax.cache import (
 )
 from mla_jax.config import MLAConfig
 from mla_jax.nn.indexer import Indexer
-from mla_jax.nn.linear import Linear, einsum
+from mla_jax.nn.linear import Linear, einsum, plain
 from mla_jax.nn.norm import RMSNorm
 from mla_jax.quantization import QuantizedPool
 from mla_jax.rope import apply_rotary, rotation
@@ -343,7 +343,8 @@ class MLA(nnx.Module):
     ) -> tuple[Float[Array, "heads nope latent"], Float[Array, "heads value latent"]]:
         config = self.config
         width = config.qk_nope_head_dim + config.v_head_dim
-        weight = self.wkv_b.weight[...].reshape(-1, width, config.kv_lora_rank)
+        weight = plain(self.wkv_b.weight[...], config.dtype)
+        weight = weight.reshape(-1, width, config.kv_lora_rank)
         return weight[:, : config.qk_nope_head_dim], weight[:, config.qk_nope_head_dim :]
 
     def absorb_query(

@@ -1,5 +1,7 @@
 """Where weights, caches and requests lie on a mesh, and a step that runs on each device's part."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +12,8 @@ from jaxtyping import Array
 
 from mla_jax.config import ModelConfig
 from mla_jax.sharding.mesh import CONTEXT_AXIS, DATA_AXIS, MODEL_AXIS, axis_size, check_mesh
+from pallas_kernels.block_scaled import BlockScaled
+from pallas_kernels.precision import GROUP
 
 if TYPE_CHECKING:
     from mla_jax.cache import PagedLatentCache
@@ -35,8 +39,23 @@ def spec(mesh: AnyMesh, *axes: str | tuple[str, ...] | None) -> PartitionSpec:
 
 
 def parameter_spec(parameter: nnx.Variable, mesh: AnyMesh) -> PartitionSpec:
-    """The layout that a module gave its parameter; replicated if it gave none."""
-    return spec(mesh, *(parameter.get_metadata().get("out_sharding") or ()))
+    """The layout that a module gave its parameter; replicated if it gave none.
+
+    That of both values and scales, if it has them. Errors: ValueError if it would cut their blocks.
+    """
+    axes = parameter.get_metadata().get("out_sharding") or ()
+    if isinstance(weight := parameter.get_value(), BlockScaled):
+        rows, columns = weight.block_size
+        # Columns are those of the activations too, whose groups should be as without a mesh.
+        units = (*(1 for _ in weight.shape[:-2]), rows, math.lcm(columns, GROUP))
+        for size, axis, unit in zip(weight.shape, axes, units, strict=True):
+            parts = 1 if axis is None else axis_size(mesh, axis)
+            if parts > 1 and size % (parts * unit):
+                raise ValueError(
+                    f"mesh: got {axis}={parts}, which cuts blocks of FP8 weights {weight.shape}: "
+                    f"{size} is not a multiple of {parts} * {unit}"
+                )
+    return spec(mesh, *axes)
 
 
 def rows_spec(mesh: AnyMesh) -> PartitionSpec:
@@ -68,7 +87,8 @@ def check_cache(mesh: AnyMesh, *, num_pages: int, max_batch: int) -> None:
 def _model_specs(model: nnx.Module, mesh: AnyMesh) -> list[PartitionSpec]:
     """The layout of each array of `model`, in the order of its leaves."""
     variables = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    return [parameter_spec(variable, mesh) for variable in variables]
+    layouts = ([parameter_spec(v, mesh)] * len(jax.tree.leaves(v)) for v in variables)
+    return list(itertools.chain.from_iterable(layouts))
 
 
 def shard_model(model: Model, mesh: Mesh) -> Model:

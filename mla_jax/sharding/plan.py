@@ -6,6 +6,7 @@ Nothing is allocated, so that meshes can be compared which are not there.
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
@@ -13,6 +14,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from mla_jax.config import ModelConfig
 from mla_jax.sharding.layout import check_cache, parameter_spec
 from mla_jax.sharding.mesh import CONTEXT_AXIS, DATA_AXIS, MODEL_AXIS, check_mesh
+from pallas_kernels.block_scaled import BlockScaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,16 +66,25 @@ class Plan:
         )
 
 
-def weight_bytes(config: ModelConfig, mesh: AbstractMesh) -> int:
-    """Bytes of the parameters that lie on each device."""
-    from mla_jax.nn import Decoder  # which is built on this package
+def weight_bytes(config: ModelConfig, mesh: AbstractMesh, *, dtype: str | None = None) -> int:
+    """Bytes of the parameters that lie on each device.
 
+    dtype "fp8": the matrices that DeepSeek's checkpoints store as FP8 are, in blocks of 128 x 128.
+    """
+    from mla_jax.nn import Decoder  # which is built on this package
+    from mla_jax.nn.linear import Weight
+
+    if dtype not in (None, "fp8"):
+        raise ValueError(f"dtype: got {dtype!r}, expected None or 'fp8'")
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     total = 0
     for _, parameter in nnx.to_flat_state(nnx.state(model)):
+        if dtype == "fp8" and isinstance(parameter, Weight):
+            parameter.set_value(BlockScaled.of_shape(parameter.shape))
         sharding = NamedSharding(mesh, parameter_spec(parameter, mesh))
-        size = math.prod(sharding.shard_shape(parameter.shape))
-        total += size * jnp.dtype(parameter.dtype).itemsize
+        for array in jax.tree.leaves(parameter.get_value()):
+            size = math.prod(sharding.shard_shape(array.shape))
+            total += size * jnp.dtype(array.dtype).itemsize
     return total
 
 
@@ -86,11 +97,13 @@ def plan_decode(
     model: int = 1,
     context: int = 1,
     page_size: int = 64,
+    dtype: str | None = None,
 ) -> Plan:
     """The plan of decoding `batch` rows with room for `tokens` each, in the model's dtype.
 
-    The cache has just the pages that the rows fill, its table and its lengths. Errors: ValueError
-    for a mesh that does not divide the model, the rows, or, rounded up, their pages.
+    dtype "fp8" is `load_checkpoint`'s, for a checkpoint of DeepSeek's. The cache has just the pages
+    that the rows fill, its table and its lengths. Errors: ValueError for a mesh that does not
+    divide the model, the blocks of FP8 weights, the rows, or, rounded up, their pages.
 
     >>> from mla_jax import presets
     >>> plan = plan_decode(presets["tiny"], batch=4, tokens=128, model=2)
@@ -139,7 +152,7 @@ def plan_decode(
     )
     return Plan(
         devices=data * context * model,
-        weight_bytes=weight_bytes(config, mesh),
+        weight_bytes=weight_bytes(config, mesh, dtype=dtype),
         cache_bytes=pools + table,
         logits_bytes=rows * vocab * jnp.dtype(jnp.float32).itemsize,
         messages=tuple(message for message in messages if message.devices > 1),

@@ -1,12 +1,14 @@
 """The expert feed-forward in plain jnp: sort by expert, grouped products, unsort."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_scaled import BlockScaled, scaled_product
 from pallas_kernels.precision import precision_for
 
 # [rows, k] x [experts, n, k] -> [rows, n], rows in groups by expert.
@@ -21,13 +23,18 @@ def expert_ffn_reference(
     x: Float[Array, "tokens dim"],
     expert_ids: Int[Array, "tokens active"],
     weights: Float[Array, "tokens active"],
-    gate_up: Float[Array, "experts 2 inter dim"],
-    down: Float[Array, "experts dim inter"],
-    shared: tuple[Float[Array, "2 wide dim"], Float[Array, "dim wide"]] | None,
+    gate_up: Float[Array, "experts 2 inter dim"] | BlockScaled,
+    down: Float[Array, "experts dim inter"] | BlockScaled,
+    shared: tuple[Float[Array, "2 wide dim"] | BlockScaled, Float[Array, "dim wide"] | BlockScaled]
+    | None,
     *,
     partial: bool = False,
 ) -> Float[Array, "tokens dim"]:
-    """`expert_ffn`, differentiable."""
+    """`expert_ffn`, differentiable unless weights are block-scaled."""
+    if isinstance(gate_up, BlockScaled):
+        scaled: Any = (gate_up, down, shared)  # all of one kind, as `expert_ffn` has checked
+        return _block_scaled(x, expert_ids, weights, *scaled)
+    assert not isinstance(down, BlockScaled)
     tokens, active = expert_ids.shape
     experts, _, inter, dim = gate_up.shape
     flat_ids = expert_ids.reshape(-1)
@@ -59,3 +66,29 @@ def expert_ffn_reference(
         gate, up = dot("td,gid->gti", x, shared[0])
         out = out + dot("ti,di->td", activate(gate, up), shared[1])
     return out.astype(x.dtype)
+
+
+def _block_scaled(
+    x: Float[Array, "tokens dim"],
+    expert_ids: Int[Array, "tokens active"],
+    weights: Float[Array, "tokens active"],
+    gate_up: BlockScaled,
+    down: BlockScaled,
+    shared: tuple[BlockScaled, BlockScaled] | None,
+) -> Float[Array, "tokens dim"]:
+    """Every token through one expert after the other, so that one at a time is unpacked."""
+
+    def feed_forward(gate_up: BlockScaled, down: BlockScaled) -> Float[Array, "tokens dim"]:
+        gate, up = jnp.moveaxis(scaled_product(x, gate_up), 1, 0)
+        return scaled_product((jax.nn.silu(gate) * up).astype(x.dtype), down)
+
+    def add(out: Array, expert: tuple[Int[Array, ""], BlockScaled, BlockScaled]):
+        index, *matrices = expert
+        chosen = expert_ids == index
+        share = jnp.where(chosen, weights, 0).sum(axis=1, keepdims=True)
+        y = jnp.where(chosen.any(axis=1, keepdims=True), feed_forward(*matrices) * share, 0)
+        return out + y, None
+
+    out = jnp.zeros(x.shape, jnp.float32) if shared is None else feed_forward(*shared)
+    index = jnp.arange(gate_up.shape[0], dtype=expert_ids.dtype)
+    return lax.scan(add, out, (index, gate_up, down))[0].astype(x.dtype)

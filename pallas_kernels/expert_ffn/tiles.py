@@ -1,16 +1,20 @@
 """The shape of an expert feed-forward, and how its (token, expert) pairs become tiles."""
 
 import dataclasses
+import math
 from typing import NamedTuple, Self
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from pallas_kernels.block_scaled import BlockScaled
+from pallas_kernels.precision import GROUP
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertProblem:
-    """Everything static about a call."""
+    """Everything static about a call. block: of weights in FP8, what has one scale."""
 
     tokens: int
     active: int
@@ -19,9 +23,15 @@ class ExpertProblem:
     dim: int
     dtype: str
     shared: int = 0
+    block: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, expert_ids: Array, gate_up: Array, shared: tuple[Array, Array] | None) -> Self:
+    def of(
+        cls,
+        expert_ids: Array,
+        gate_up: Array | BlockScaled,
+        shared: tuple[Array | BlockScaled, Array | BlockScaled] | None,
+    ) -> Self:
         """The problem that arrays of these shapes pose."""
         tokens, active = expert_ids.shape
         experts, _, inter, dim = gate_up.shape
@@ -33,7 +43,13 @@ class ExpertProblem:
             dim=dim,
             dtype=str(gate_up.dtype),
             shared=0 if shared is None else shared[0].shape[1] // inter,
+            block=gate_up.block_size if isinstance(gate_up, BlockScaled) else None,
         )
+
+    @property
+    def same_scale(self) -> int | None:
+        """Columns in a row that have both scales in common: an activation's, and a weight's."""
+        return None if self.block is None else math.gcd(GROUP, self.block[1])
 
     @property
     def routed_rows(self) -> int:
@@ -76,10 +92,11 @@ def choose_tiles(problem: ExpertProblem, *, gated: bool) -> ExpertTiles:
         columns, num_warps, num_stages = 32, 4, 4
     else:
         columns, num_warps, num_stages = 64, 8, 3
+    depth = 128 if rows <= 32 else 64
     return ExpertTiles(
         rows=rows,
         columns=power_of_two_divisor(outputs, columns),
-        depth=power_of_two_divisor(inputs, 128 if rows <= 32 else 64),
+        depth=power_of_two_divisor(inputs, min(depth, problem.same_scale or depth)),
         num_warps=num_warps,
         num_stages=num_stages,
     )

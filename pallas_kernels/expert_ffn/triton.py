@@ -4,9 +4,13 @@ Both are the same grouped product: a block takes a tile of (token, expert) pairs
 expert, gathers their rows, and multiplies them with some of the expert's outputs. So only experts
 that a token chose are read, and none is copied. Shared experts are experts that every token
 chose, in arrays of their own.
+
+FP8 weights stay so until they are in registers. A step then takes columns that share their scales,
+and scales its product; what is multiplied with them is quantised between the kernels.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_scaled import BlockScaled, quantize_groups
 from pallas_kernels.expert_ffn.tiles import (
     ExpertProblem,
     ExpertTiles,
@@ -22,7 +27,7 @@ from pallas_kernels.expert_ffn.tiles import (
     choose_tiles,
     plan_row_tiles,
 )
-from pallas_kernels.precision import precision_for
+from pallas_kernels.precision import GROUP, precision_for
 
 
 def unsupported(problem: ExpertProblem) -> str | None:
@@ -30,17 +35,51 @@ def unsupported(problem: ExpertProblem) -> str | None:
     for name in ("inter", "dim"):
         if getattr(problem, name) % 16:
             return f"{name} is {getattr(problem, name)}, the kernel needs a multiple of 16"
+    if problem.same_scale is not None and problem.same_scale < 16:
+        return f"a block of weights is {problem.block}, the kernel needs columns in multiples of 16"
+    if problem.block is not None and problem.shared > 1 and problem.inter % GROUP:
+        return f"inter is {problem.inter}, which cuts groups of {GROUP} where shared experts meet"
     return None
 
 
-def _load_rows(ref, rows, valid, step, depth):
+class _Scaled(NamedTuple):
+    """Numbers, or references to them, and the scales of FP8 ones."""
+
+    values: Any
+    scales: Any = None
+
+
+def _load_rows(source: _Scaled, rows, valid, step, depth) -> _Scaled:
     """Columns step*depth.. of the `rows` of a matrix; zeros where not valid."""
     columns = step * depth + jnp.arange(depth)
-    return plgpu.load(ref.at[rows[:, None], columns[None, :]], mask=valid[:, None], other=0)
+    values = source.values.at[rows[:, None], columns[None, :]]
+    values = plgpu.load(values, mask=valid[:, None], other=0.0)
+    if source.scales is None:
+        return _Scaled(values)
+    scales = source.scales.at[rows, step * depth // GROUP]
+    return _Scaled(values, plgpu.load(scales, mask=valid, other=0.0))
 
 
-def _dot(a, b, acc):
-    return acc + plgpu.dot(a, b, trans_b=True, precision=precision_for(a.dtype))
+def _load_weight(
+    source: _Scaled, stack: tuple, row, column, tiles: ExpertTiles, problem: ExpertProblem
+) -> _Scaled:
+    """The tile at (row, column) of the matrix source[stack]."""
+    values = source.values[(*stack, pl.ds(row, tiles.columns), pl.ds(column, tiles.depth))]
+    if problem.block is None:
+        return _Scaled(values)
+    block_rows, block_columns = problem.block
+    rows = (row + jnp.arange(tiles.columns)) // block_rows
+    return _Scaled(values, plgpu.load(source.scales.at[(*stack, rows, column // block_columns)]))
+
+
+def _dot(a: _Scaled, b: _Scaled, acc):
+    if a.scales is None:
+        precision = precision_for(a.values.dtype)
+        return acc + plgpu.dot(a.values, b.values, trans_b=True, precision=precision)
+    # bfloat16 holds every e4m3 number, and every GPU multiplies it.
+    a_values, b_values = (tile.values.astype(jnp.bfloat16) for tile in (a, b))
+    product = plgpu.dot(a_values, b_values, trans_b=True)
+    return acc + product * a.scales[:, None] * b.scales[None, :]
 
 
 def _for_tile(plan_refs, problem: ExpertProblem, tiles: ExpertTiles, run):
@@ -81,31 +120,32 @@ def _for_tile(plan_refs, problem: ExpertProblem, tiles: ExpertTiles, run):
 
 
 def _hidden_kernel(
-    x_ref,  # [T, D]
-    gate_up_ref,  # [E, 2, I, D]
-    shared_ref,  # [2, E', I, D]
+    x: _Scaled,  # [T, D]
+    gate_up: _Scaled,  # [E, 2, I, D]
+    shared_gate_up: _Scaled,  # [2, E' * I, D]
     *plan_and_out,  # the RowTiles, then hidden [P, I]
     tiles: ExpertTiles,
     problem: ExpertProblem,
 ):
     *plan_refs, hidden_ref = plan_and_out
     column = pl.program_id(0) * tiles.columns
-    rows = pl.ds(column, tiles.columns)
 
     def run(expert, shared, token, pair, valid):
+        source, row = gate_up, column
+        if shared:
+            source, row = shared_gate_up, expert * problem.inter + column
 
         def step(i, acc):
-            gate, up = acc
-            x = _load_rows(x_ref, token, valid, i, tiles.depth)
-            k = pl.ds(i * tiles.depth, tiles.depth)
-            if shared:
-                w_gate, w_up = shared_ref[0, expert, rows, k], shared_ref[1, expert, rows, k]
-            else:
-                w_gate, w_up = gate_up_ref[expert, 0, rows, k], gate_up_ref[expert, 1, rows, k]
-            return _dot(x, w_gate, gate), _dot(x, w_up, up)
+            rows = _load_rows(x, token, valid, i, tiles.depth)
+            stacks = ((which,) if shared else (expert, which) for which in (0, 1))
+            weights = [
+                _load_weight(source, stack, row, i * tiles.depth, tiles, problem)
+                for stack in stacks
+            ]
+            return tuple(_dot(rows, w, part) for w, part in zip(weights, acc, strict=True))
 
         zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-        gate, up = lax.fori_loop(0, x_ref.shape[1] // tiles.depth, step, (zeros, zeros))
+        gate, up = lax.fori_loop(0, problem.dim // tiles.depth, step, (zeros, zeros))
         hidden = gate * jax.nn.sigmoid(gate) * up
         columns = column + jnp.arange(tiles.columns)
         plgpu.store(
@@ -118,9 +158,9 @@ def _hidden_kernel(
 
 
 def _output_kernel(
-    hidden_ref,  # [P, I]
-    down_ref,  # [E, D, I]
-    shared_ref,  # [D, E', I]
+    hidden: _Scaled,  # [P, I]
+    down: _Scaled,  # [E, D, I]
+    shared_down: _Scaled,  # [D, E' * I]
     weights_ref,  # [P]
     *plan_and_out,  # the RowTiles, then out [P, D]
     tiles: ExpertTiles,
@@ -128,19 +168,20 @@ def _output_kernel(
 ):
     *plan_refs, out_ref = plan_and_out
     column = pl.program_id(0) * tiles.columns
-    rows = pl.ds(column, tiles.columns)
 
     def run(expert, shared, token, pair, valid):
         del token
+        source, stack, first = down, (expert,), 0
+        if shared:
+            source, stack, first = shared_down, (), expert * problem.inter
 
         def step(i, acc):
-            hidden = _load_rows(hidden_ref, pair, valid, i, tiles.depth)
-            k = pl.ds(i * tiles.depth, tiles.depth)
-            w_down = shared_ref[rows, expert, k] if shared else down_ref[expert, rows, k]
-            return _dot(hidden, w_down, acc)
+            rows = _load_rows(hidden, pair, valid, i, tiles.depth)
+            at = first + i * tiles.depth
+            return _dot(rows, _load_weight(source, stack, column, at, tiles, problem), acc)
 
         zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-        y = lax.fori_loop(0, hidden_ref.shape[1] // tiles.depth, step, zeros)
+        y = lax.fori_loop(0, problem.inter // tiles.depth, step, zeros)
         if not shared:
             y = y * plgpu.load(weights_ref.at[pair], mask=valid, other=0)[:, None]
         columns = column + jnp.arange(tiles.columns)
@@ -152,7 +193,7 @@ def _output_kernel(
 def _launch(
     kernel,
     name: str,
-    operands: tuple[Array, ...],
+    operands: tuple[_Scaled | Array, ...],
     plan: RowTiles,
     out: jax.ShapeDtypeStruct,
     problem: ExpertProblem,
@@ -161,10 +202,11 @@ def _launch(
 ) -> Array:
     """Run `kernel` on a grid of (output columns, tiles of pairs)."""
     shared_tiles = problem.shared * pl.cdiv(problem.tokens, tiles.rows)
+    inputs = (*operands, *plan)
     return pl.pallas_call(
         functools.partial(kernel, tiles=tiles, problem=problem),
         grid=(out.shape[1] // tiles.columns, plan.expert.shape[0] + shared_tiles),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (len(operands) + len(plan)),
+        in_specs=jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), inputs),
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         out_shape=out,
         compiler_params=plgpu.CompilerParams(
@@ -172,16 +214,17 @@ def _launch(
         ),
         interpret=interpret,
         name=name,
-    )(*operands, *plan)
+    )(*inputs)
 
 
 def expert_ffn_triton(
     x: Float[Array, "tokens dim"],
     expert_ids: Int[Array, "tokens active"],
     weights: Float[Array, "tokens active"],
-    gate_up: Float[Array, "experts 2 inter dim"],
-    down: Float[Array, "experts dim inter"],
-    shared: tuple[Float[Array, "2 wide dim"], Float[Array, "dim wide"]] | None,
+    gate_up: Float[Array, "experts 2 inter dim"] | BlockScaled,
+    down: Float[Array, "experts dim inter"] | BlockScaled,
+    shared: tuple[Float[Array, "2 wide dim"] | BlockScaled, Float[Array, "dim wide"] | BlockScaled]
+    | None,
     *,
     partial: bool,
     interpret: bool,
@@ -189,10 +232,19 @@ def expert_ffn_triton(
     """`expert_ffn` on the Triton lowering."""
     problem = ExpertProblem.of(expert_ids, gate_up, shared)
     dim, inter = problem.dim, problem.inter
-    # Without shared experts the kernels never read these: any array of the right rank will do.
+
+    def rows(x: Array) -> _Scaled:
+        if not isinstance(gate_up, BlockScaled):
+            return _Scaled(x)
+        return _Scaled(*quantize_groups(x, power_of_two=gate_up.power_of_two))
+
+    def matrix(weight: Array | BlockScaled) -> _Scaled:
+        if not isinstance(weight, BlockScaled):
+            return _Scaled(weight)
+        return _Scaled(weight.values, weight.scales)
+
+    # Without shared experts the kernels never read theirs: any will do.
     shared_gate_up, shared_down = shared or (gate_up, down)
-    shared_gate_up = shared_gate_up.reshape(2, -1, inter, dim)
-    shared_down = shared_down.reshape(dim, -1, inter)
 
     hidden_tiles = choose_tiles(problem, gated=True)
     output_tiles = choose_tiles(problem, gated=False)
@@ -202,7 +254,7 @@ def expert_ffn_triton(
     hidden = _launch(
         _hidden_kernel,
         "moe_hidden",
-        (x, gate_up, shared_gate_up),
+        (rows(x), matrix(gate_up), matrix(shared_gate_up)),
         plan,
         jax.ShapeDtypeStruct((problem.rows, inter), x.dtype),
         problem,
@@ -212,7 +264,7 @@ def expert_ffn_triton(
     y = _launch(
         _output_kernel,
         "moe_output",
-        (hidden, down, shared_down, weights.reshape(-1)),
+        (rows(hidden), matrix(down), matrix(shared_down), weights.reshape(-1)),
         plan,
         jax.ShapeDtypeStruct((problem.rows, dim), jnp.float32),
         problem,

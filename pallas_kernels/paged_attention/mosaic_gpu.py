@@ -29,8 +29,11 @@ one waits for its softmax, the other keeps the tensor cores busy.
     consumer 0: scores 0 . softmax 0 . values 0 (left)               . values 1 (left)
     consumer 1: scores 1 .             values 0 (right) | softmax 1  . values 1 (right)
 
-mosaic_producer.py, mosaic_twins.py, mosaic_scores.py with mosaic_values.py, and mosaic_seesaw.py
-hold the roles, mosaic_tile.py what the last two do with a tile.
+An e4m3 cache, or tokens that a list names one by one, come through the registers of a converter in
+the producer's place, beside twins or the seesaw.
+
+mosaic_producer.py or mosaic_converter.py, mosaic_twins.py, mosaic_scores.py with mosaic_values.py,
+and mosaic_seesaw.py hold the roles, mosaic_tile.py what the last two do with a tile.
 """
 
 # Older versions of jax, which `unsupported` refuses, have no interpreter of this dialect.

@@ -1,13 +1,16 @@
-"""Paged decode over float8_e4m3fn caches on the chip, and one-byte pools beyond 2 GiB."""
+"""float8_e4m3fn on the chip: paged decode, pools beyond 2 GiB, and experts' weights."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from fp8_pages import KINDS, make_fp8
+from fp8_weights import assert_rows_near
 from on_gpu import needs_gpu
 from oracles import assert_within, float64, softmax_sum
+from test_expert_ffn_fp8 import make, mixture
 
+from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.paged_decode import paged_decode
 
 pytestmark = needs_gpu
@@ -90,3 +93,11 @@ def test_pools_beyond_2_gib(rng, gibibytes, kind, backend):
     want_out, want_lse = softmax_sum(scores * SM_SCALE, keys)
     assert_within(out[0, 0], want_out, BOUNDS["bfloat16"])
     assert_within(lse[0, 0], want_lse, LSE)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("tokens", [4, 40, 300])
+def test_experts(rng, tokens, backend):
+    case = make(rng, tokens=tokens, active=3, experts=8, shared=1, dim=512, inter=256)
+    out = jax.jit(lambda *args: expert_ffn(*args, backend=backend))(*case.args)
+    assert_rows_near(out, mixture(case), share=0.5)

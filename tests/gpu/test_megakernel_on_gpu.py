@@ -1,16 +1,21 @@
 """Decoding by a schedule on the chip: every backend, and the synchronisation of the one launch."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from on_gpu import needs_gpu
 from oracles import assert_within, float64
 from scheduled import SCALE, changed, dense, make_scheduled, without
 
+from mla_jax import Decoder, generate, presets
 from mla_jax.bench.schedules import SHAPES
+from mla_jax.bench.timing import compilations
+from mla_jax.decode_block import BLOCK_STEPS, decode_block
 from mla_jax.megakernel import (
     check_signals,
     decode_with_signals,
@@ -158,3 +163,17 @@ def test_in_a_scan_and_without_signals(rng):
 
     for lengths, out in zip(steps.tolist(), loop(plan, steps, *case.args), strict=True):
         assert_close(out, dense(case, lengths), "bfloat16")
+
+
+@pytest.mark.parametrize("heads", [16, 8])
+def test_generation_by_a_schedule(seed, rng, heads):
+    """The tokens of split-KV decode, over blocks with a plan each, by one program."""
+    widths = {"n_heads": heads, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    mla = dataclasses.replace(presets["tiny"].mla, **widths)
+    model = Decoder(dataclasses.replace(presets["tiny"], mla=mla), rngs=nnx.Rngs(seed))
+    prompts = [rng.integers(0, 256, n).tolist() for n in (1, 250, 1500)]
+    options = {"max_new_tokens": 3 * BLOCK_STEPS, "ignore_eos": True}
+    before = compilations(decode_block)
+    made = generate(model, prompts, backend="megakernel", **options)
+    assert compilations(decode_block) == before + 1
+    assert made == generate(model, prompts, backend="triton", page_size=256, **options)

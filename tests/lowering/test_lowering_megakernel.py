@@ -4,12 +4,17 @@ level above."""
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax import ShapeDtypeStruct as Shape
 from lowered import ints, kernels
 
-from mla_jax import megakernel
+from mla_jax import Decoder, ModelConfig, MoEConfig, PagedLatentCache, megakernel
+from mla_jax.config import MLAConfig
+from mla_jax.decode_block import decode_block
+from mla_jax.sampling import Sampler
 from pallas_kernels.schedule import CostModel, schedule
 
 RECORD = {
@@ -59,3 +64,34 @@ def test_processors_that_do_not_run_at_a_time():
     text = "the schedule has 140 processors, which must run at a time, and the device 132 cores"
     with pytest.raises(NotImplementedError, match=text):
         kernels(functools.partial(decode, backend="megakernel"), *args)
+
+
+def test_a_block_of_steps():
+    """One launch a layer, of a dense one and one of experts, beside the kernels of the latter."""
+    config = ModelConfig(
+        vocab=512,
+        n_layers=2,
+        inter_dim=256,
+        n_dense=1,
+        mla=MLAConfig(dim=256, n_heads=8),
+        moe=MoEConfig(n_routed=8, n_active=2, inter_dim=128, n_shared=1),
+    )
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    cache = jax.eval_shape(
+        lambda: PagedLatentCache.create(
+            config, num_pages=64, page_size=256, max_batch=3, max_pages=16
+        )
+    )
+    plan = megakernel.plan_decode(config, [4000, None, 17], steps=32)
+
+    definition, weights = nnx.split(model)
+
+    def run(weights, tokens, cache, plan):
+        options = {"sampler": Sampler(), "backend": "megakernel", "steps": 2}
+        return decode_block(
+            *(nnx.merge(definition, weights), tokens, cache, jax.random.key(0), plan), **options
+        )
+
+    names = kernels(run, weights, ints(3), cache, plan)
+    experts = ["moe_route", "moe_hidden", "moe_output"]
+    assert names == ["mla_megakernel", "mla_megakernel", *experts]

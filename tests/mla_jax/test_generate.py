@@ -39,10 +39,10 @@ def test_greedy_equals_the_model_without_a_cache(model, rng):
         assert agree.mean() > 0.95
 
 
-def test_a_prompt_that_fills_its_pages(model, rng):
-    """9 tokens and 2 new ones in 3 pages of 4, fewer than the next power of two of the prompt."""
-    prompt = rng.integers(0, 256, 9).tolist()
-    (made,) = generate(model, [prompt], max_new_tokens=2, page_size=4)
+def test_a_prompt_that_nearly_fills_its_pages(model, rng):
+    """80 tokens of room: the next power of two is more than the cache could take at once."""
+    prompt = rng.integers(0, 256, 70).tolist()
+    [made] = generate(model, [prompt], max_new_tokens=1, page_size=16)
     assert made == greedy_by_whole_sequences(model, prompt, made).tolist()
 
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_jax.quantization import dequantize_blocks, scale_shape, weight_block_size
+from mla_jax.quantization import weight_block_size
+from pallas_kernels.block_scaled import dequantize_blocks, scale_shape
 
 
 def decode_e4m3(codes: np.ndarray) -> np.ndarray:

@@ -89,6 +89,26 @@ def test_an_indexers_keys_by_hand():
     assert plan.messages == plain.messages
 
 
+def test_deepseek_v3_in_fp8_by_hand():
+    """A byte a number of each matrix and a scale for 128 x 128 of them; the rest in bfloat16."""
+    plan = plan_decode(presets["deepseek-v3"], batch=1, tokens=64, dtype="fp8")
+    dim, heads, layers, dense = 7168, 128, 61, 3
+    square = dim * 1536 + heads * 192 * 1536 + heads * 256 * 512 + dim * heads * 128
+    square = layers * square + 3 * dense * 18432 * dim + 3 * (layers - dense) * 257 * 2048 * dim
+    latent = 576 * dim  # four blocks and a half
+    scales = square // 128**2 + layers * 5 * dim // 128
+    plain = layers * (1536 + 512 + 2 * dim) + (layers - dense) * 256 * dim + (2 * 129280 + 1) * dim
+    biases = (layers - dense) * 256
+    assert plan.weight_bytes == square + layers * latent + 4 * scales + 2 * plain + 4 * biases
+    assert (
+        0.5
+        < plan.weight_bytes / plan_decode(presets["deepseek-v3"], batch=1, tokens=64).weight_bytes
+        < 0.51
+    )
+    with pytest.raises(ValueError, match=r"^dtype: got 'int8', expected None or 'fp8'$"):
+        plan_decode(presets["tiny"], batch=1, tokens=64, dtype="int8")
+
+
 def test_the_time_of_messages():
     plan = plan_decode(CONFIG, batch=8, tokens=64, model=2, context=4)
     reduce, gather = plan.messages
@@ -124,6 +144,11 @@ def test_the_command_line(capsys):
     [
         (("--mesh", "model=3"), "mesh: got model=3, expected a divisor of n_heads=16"),
         (("--mesh", "data=2"), "max_batch: got 1, expected a multiple of the mesh's data=2"),
+        (
+            ("--preset", "deepseek-v3", "--mesh", "model=32", "--dtype", "fp8"),
+            "mesh: got model=32, which cuts blocks of FP8 weights (7168, 18432): 18432 is not a "
+            "multiple of 32 * 128",
+        ),
         (("--batch", "0"), "batch: got 0, expected at least 1"),
         (
             ("--preset", "deepseek-v3.2", "--mesh", "context=2"),

@@ -1,5 +1,7 @@
 """The cache of a model with an indexer: what it holds, and what happens to it in a loop."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ from indexed import (
 )
 from meshed import mesh_of
 
-from mla_jax import PageAllocator, PagedLatentCache, decode_step
+from mla_jax import PageAllocator, PagedLatentCache, decode_step, megakernel, presets
 from mla_jax.cache import AbsorbCache
 from mla_jax.sharding import check_mesh
 
@@ -137,6 +139,10 @@ def test_refusals(seed, rng):
         ValueError, match=r"^mesh: got context=2, expected 1 for a model with an in"
     ):
         check_mesh(CONFIG, mesh_of({"context": 2}))
+    v32 = presets["deepseek-v3.2"]
+    sixteen = dataclasses.replace(v32, mla=dataclasses.replace(v32.mla, n_heads=16))
+    with pytest.raises(NotImplementedError, match="index_n_heads is 64, expected 0"):
+        megakernel.plan_decode(sixteen, [100], steps=32)
     with pytest.raises(NotImplementedError, match=r"^backend 'mosaic_gpu' cannot run this token"):
         jax.eval_shape(
             lambda cache: decode_step(model(seed), tokens, cache, backend="mosaic_gpu"),

@@ -115,6 +115,18 @@ class Schedule:
         )
         return dict(zip(reductions.uid.tolist(), lists, strict=True))
 
+    def as_large_as(self, other: "Schedule") -> Self:
+        """The same instructions in at least `other`'s sizes, so that a compilation serves both.
+
+        Processors that are added have nothing to do.
+        """
+        table, least = np.asarray(self.instructions), other.instructions.shape
+        missing = [(0, max(least[axis] - table.shape[axis], 0)) for axis in range(3)]
+        assert self.bounds is not None
+        assert other.bounds is not None
+        bounds = tuple(map(max, self.bounds, other.bounds))
+        return dataclasses.replace(self, instructions=np.pad(table, missing), bounds=bounds)
+
     def to_json(self) -> str:
         """The schedule as text, for `from_json`; no-ops and trailing zeros are left out."""
         queues = [
