@@ -81,8 +81,10 @@ def test_deepseek_v3_by_hand():
 
 def test_an_indexers_keys_by_hand():
     """128 numbers of a byte and a scale a token; its weights are whole on every device."""
-    sizes = {"batch": 128, "tokens": 4096, "data": 2, "model": 16}
-    plain, plan = (plan_decode(presets[f"deepseek-{name}"], **sizes) for name in ("v3", "v3.2"))
+    plain, plan = (
+        plan_decode(presets[f"deepseek-{name}"], batch=128, tokens=4096, data=2, model=16)
+        for name in ("v3", "v3.2")
+    )
     assert plan.cache_bytes - plain.cache_bytes == 64 * 4096 * (128 + 4) * 61
     indexer = 64 * 128 * 1536 + 128 * 7168 + 64 * 7168
     assert plan.weight_bytes - plain.weight_bytes == 61 * (2 * indexer + 2 * 128 * 4)

@@ -208,8 +208,7 @@ def test_generate(seed, rng):
 
 def test_mesh(seed, rng):
     """Rows dealt out over `data`, heads over `model`; the plan counts the indexer's bytes."""
-    shape = {"data": 3, "model": 2}
-    mesh = mesh_of(shape)
+    mesh = mesh_of({"data": 3, "model": 2})
     tokens = make_tokens(rng, BATCH, TOPK + 4)
     want = whole(model(seed), tokens)
     cache = PagedLatentCache.create(
@@ -233,7 +232,9 @@ def test_mesh(seed, rng):
         program = jitted(decode_step).lower(sharded, put(tokens[:, -1]), cache).compile()
         logits, cache = program(sharded, put(tokens[:, -1]), cache)
     np.testing.assert_allclose(logits, want[:, -1], rtol=0, atol=3e-5)
-    plan = plan_decode(CONFIG, batch=BATCH, tokens=MAX_PAGES * PAGE, page_size=PAGE, **shape)
+    plan = plan_decode(
+        CONFIG, batch=BATCH, tokens=MAX_PAGES * PAGE, page_size=PAGE, data=3, model=2
+    )
     memory = program.memory_analysis()
     assert memory is not None
     assert memory.argument_size_in_bytes == plan.weight_bytes + plan.cache_bytes + 4
