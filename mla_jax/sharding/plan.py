@@ -4,6 +4,7 @@ Nothing is allocated, so that meshes can be compared which are not there.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
@@ -13,6 +14,23 @@ from jax.sharding import AbstractMesh, NamedSharding
 from mla_jax.config import ModelConfig
 from mla_jax.sharding.layout import check_cache, parameter_spec
 from mla_jax.sharding.mesh import CONTEXT_AXIS, DATA_AXIS, MODEL_AXIS, check_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Link:
+    """What a device sends in one direction, and the time of one message, however small.
+
+    Errors: ValueError for a speed that is not above 0 or a latency below 0.
+    """
+
+    gb_per_s: float
+    latency_us: float
+
+    def __post_init__(self) -> None:
+        if not self.gb_per_s > 0:
+            raise ValueError(f"gb_per_s: got {self.gb_per_s}, expected more than 0")
+        if not self.latency_us >= 0:
+            raise ValueError(f"latency_us: got {self.latency_us}, expected 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +49,15 @@ class Message:
             return 2 * (self.devices - 1) / self.devices * self.bytes
         return (self.devices - 1) * self.bytes
 
+    def seconds(self, link: Link) -> float:
+        """Time of all `count`, one after the other: count * (latency + bytes sent / speed).
+
+        >>> message = Message(kind="all-reduce", axis="model", devices=4, count=2, bytes=1000)
+        >>> round(message.seconds(Link(gb_per_s=1, latency_us=10)) * 1e6, 6)
+        23.0
+        """
+        return self.count * (link.latency_us * 1e-6 + self.sent() / (link.gb_per_s * 1e9))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -42,39 +69,32 @@ class Plan:
     logits_bytes: int
     messages: tuple[Message, ...]
 
-    def message_seconds(self, *, gb_per_s: float, latency_us: float) -> float:
-        """Time of a step's messages, one after the other, on links of this speed a direction.
+    def message_seconds(self, link: Link) -> float:
+        """Time of a step's messages, one after the other, all on links like this one."""
+        return sum(message.seconds(link) for message in self.messages)
 
-        count * (latency + bytes sent / speed), summed; latency is one message's, however small.
-        Errors: ValueError for a speed that is not above 0 or a latency below 0.
 
-        >>> message = Message(kind="all-reduce", axis="model", devices=4, count=2, bytes=1000)
-        >>> plan = Plan(
-        ...     devices=4, weight_bytes=0, cache_bytes=0, logits_bytes=0, messages=(message,)
-        ... )
-        >>> round(plan.message_seconds(gb_per_s=1, latency_us=10) * 1e6, 6)
-        23.0
-        """
-        if not gb_per_s > 0:
-            raise ValueError(f"gb_per_s: got {gb_per_s}, expected more than 0")
-        if not latency_us >= 0:
-            raise ValueError(f"latency_us: got {latency_us}, expected 0 or more")
-        return sum(
-            m.count * (latency_us * 1e-6 + m.sent() / (gb_per_s * 1e9)) for m in self.messages
-        )
+@functools.cache
+def parameters(config: ModelConfig) -> dict[tuple[str | int, ...], nnx.Variable]:
+    """The decoder's parameters by their paths, as shapes, with the layout that each asks for."""
+    from mla_jax.nn import Decoder  # which is built on this package
+
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    return dict(nnx.to_flat_state(nnx.state(model)))
+
+
+def values_a_device(parameter: nnx.Variable, mesh: AbstractMesh) -> int:
+    """How many of a parameter's values lie on each device."""
+    sharding = NamedSharding(mesh, parameter_spec(parameter, mesh))
+    return math.prod(sharding.shard_shape(parameter.shape))
 
 
 def weight_bytes(config: ModelConfig, mesh: AbstractMesh) -> int:
     """Bytes of the parameters that lie on each device."""
-    from mla_jax.nn import Decoder  # which is built on this package
-
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    total = 0
-    for _, parameter in nnx.to_flat_state(nnx.state(model)):
-        sharding = NamedSharding(mesh, parameter_spec(parameter, mesh))
-        size = math.prod(sharding.shard_shape(parameter.shape))
-        total += size * jnp.dtype(parameter.dtype).itemsize
-    return total
+    return sum(
+        values_a_device(parameter, mesh) * jnp.dtype(parameter.dtype).itemsize
+        for parameter in parameters(config).values()
+    )
 
 
 def plan_decode(
