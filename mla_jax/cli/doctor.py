@@ -136,7 +136,13 @@ def plan(args: argparse.Namespace) -> dict:
         link = Link(gb_per_s=links["link_gb_s"], latency_us=links["link_us"])
         report["message_us"] = planned.message_seconds(link) * 1e6
         if rates is not None:
-            step = estimate_step(config, Machine(**rates, link=link), **sizes)
+            machine = Machine(
+                memory_gb=rates["memory_gb"],
+                bandwidth_gb_s=rates["bandwidth_gb_s"],
+                tflop_s=rates["tflop_s"],
+                link=link,
+            )
+            step = estimate_step(config, machine, **sizes)
             report["parts_us"] = {part: seconds * 1e6 for part, seconds in step.parts.items()}
             report |= {"step_us": step.seconds * 1e6, "bound": step.bound, "fits": step.fits}
             report["tokens_per_s"] = step.tokens_per_s

@@ -6,6 +6,7 @@ Nothing is allocated, so that meshes can be compared which are not there.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -75,7 +76,7 @@ class Plan:
 
 
 @functools.cache
-def parameters(config: ModelConfig) -> dict[tuple[str | int, ...], nnx.Variable]:
+def parameters(config: ModelConfig) -> dict[Any, nnx.Variable]:
     """The decoder's parameters by their paths, as shapes, with the layout that each asks for."""
     from mla_jax.nn import Decoder  # which is built on this package
 
