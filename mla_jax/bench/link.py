@@ -9,8 +9,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
+from mla_jax.bench import timing
 from mla_jax.bench.meshed import Program, Runs, compile_all, on_parts, random_arrays, struct
-from mla_jax.bench.timing import CALLS, alternating_seconds
 from mla_jax.sharding.mesh import MODEL_AXIS, axis_size
 from mla_jax.sharding.plan import Link, Message
 
@@ -43,7 +43,7 @@ def sums(mesh: Mesh | AbstractMesh, rows: int, dim: int) -> Program:
     """
 
     def part(x: Array, state: tuple[()], share: Array) -> tuple[Array, tuple[()]]:
-        for _ in range(CALLS):
+        for _ in range(timing.CALLS):
             x = lax.psum(x, MODEL_AXIS) * share
         return x, state
 
@@ -70,12 +70,12 @@ def measure_link(mesh: Mesh, sizes: LinkSizes) -> tuple[list[Row], Link]:
     programs = [sums(mesh, count, sizes.dim) for count in every]
     rows = []
     for count, program, run in zip(every, programs, compile_all(programs), strict=True):
-        if (sent := messages_in(run.as_text())) < CALLS:
-            raise RuntimeError(f"link: a program of {CALLS} sums sends {sent} messages")
+        if (sent := messages_in(run.as_text())) < timing.CALLS:
+            raise RuntimeError(f"link: a program of {timing.CALLS} sums sends {sent} messages")
         x, state, share = program.args
         own = random_arrays(share, 1, lambda shape: devices**-0.5)
-        [seconds] = alternating_seconds([Runs(run, random_arrays(x, 0), state, own).burst])
-        message, seconds = message_of(count, sizes.dim, devices), seconds / CALLS
+        [seconds] = timing.alternating_seconds([Runs(run, random_arrays(x, 0), state, own).burst])
+        message, seconds = message_of(count, sizes.dim, devices), seconds / timing.CALLS
         row = {
             "op": "all_reduce",
             "shape": f"{count}x{sizes.dim}",

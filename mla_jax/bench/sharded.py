@@ -12,14 +12,15 @@ A row's floor is counted with the bandwidth, the matrix rate and the link of the
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mla_jax.bench.link import DTYPE, LinkSizes, message_of
+from mla_jax.bench import timing
+from mla_jax.bench.link import DTYPE, LinkSizes, measure_link, message_of
 from mla_jax.bench.meshed import Runs, compile_all, random_weights
 from mla_jax.bench.paged import PagedShape, backend_for
 from mla_jax.bench.sharded_programs import (
@@ -32,7 +33,6 @@ from mla_jax.bench.sharded_programs import (
     layer_runs,
     step_runs,
 )
-from mla_jax.bench.timing import CALLS, alternating_seconds
 from mla_jax.config import MLAConfig, ModelConfig, presets
 from mla_jax.generate import BLOCK_STEPS
 from mla_jax.sharding import make_mesh
@@ -171,7 +171,7 @@ def by_steps(count: int, sizes: Sizes, rates: Rates) -> Iterator[Row]:
         for batch in sizes.step_batches:
             program, run = next(pairs)
             model = model or random_weights(program.args[2][0], 1)
-            [seconds] = alternating_seconds([step_runs(program, run, model, length).burst])
+            [seconds] = timing.alternating_seconds([step_runs(program, run, model, length).burst])
             seconds /= BLOCK_STEPS
             speedup = alone.setdefault(batch, seconds) / seconds
             cached = length + BLOCK_STEPS // 2
@@ -193,7 +193,10 @@ def by_steps(count: int, sizes: Sizes, rates: Rates) -> Iterator[Row]:
 
 def micros(runs: list[Runs]) -> list[float]:
     """Microseconds a call of each, in turns."""
-    return [seconds / CALLS * 1e6 for seconds in alternating_seconds([r.burst for r in runs])]
+    return [
+        seconds / timing.CALLS * 1e6
+        for seconds in timing.alternating_seconds([r.burst for r in runs])
+    ]
 
 
 def compared(row: Row, ours: float, peer: str, peers: float) -> Row:
@@ -219,3 +222,16 @@ def usable_devices() -> int:
     if found < 2:
         raise ValueError(f"devices: got {found}, expected at least 2")
     return 1 << (found.bit_length() - 1)
+
+
+def prepare() -> tuple[int, Rates, list[Row]]:
+    """What every part needs: how many devices, and their rates; with the rows of the link."""
+    count = usable_devices()
+    ceilings = timing.measure_ceilings()
+    rows, link = measure_link(first_devices(count), SIZES.link)
+    return count, Rates(ceilings=ceilings, link=link), rows
+
+
+def run(parts: list[str], count: int, rates: Rates, link: list[Row]) -> list[Iterable[Row]]:
+    """The rows of each part, measured when they are asked for, but for the link's."""
+    return [link if part == "link" else PARTS[part](count, SIZES, rates) for part in parts]

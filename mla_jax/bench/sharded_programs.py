@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from mla_jax.bench import timing
 from mla_jax.bench.decode_step import PAGE, random_pages
 from mla_jax.bench.link import DTYPE
 from mla_jax.bench.meshed import (
@@ -25,7 +26,6 @@ from mla_jax.bench.meshed import (
     struct,
 )
 from mla_jax.bench.paged import LATENT, ROPE
-from mla_jax.bench.timing import CALLS, chained
 from mla_jax.cache import PagedLatentCache
 from mla_jax.config import MLAConfig, ModelConfig
 from mla_jax.generate import BLOCK_STEPS, decode_block
@@ -67,7 +67,7 @@ def attention_by_heads(mesh: AnyMesh, heads: int, batch: int, length: int) -> Pr
         return paged_decode(q_nope, q_pe, ckv, kpe, *pages, sm_scale=DEFAULT_SM_SCALE)[0]
 
     def part(x: Array, state: tuple[()], rest: tuple[Array, ...]):
-        return chained(call)(x, *rest), state
+        return timing.chained(call, timing.CALLS)(x, *rest), state
 
     queries = [struct(mesh, (batch, 1, heads, w), DTYPE, None, None, MODEL_AXIS) for w in WIDTHS]
     ids = [struct(mesh, (size,), jnp.int32) for size in (batch * -(-length // PAGE), batch, batch)]
@@ -89,7 +89,7 @@ def layer_by_heads(mesh: AnyMesh, config: MLAConfig, batch: int, length: int) ->
         layer, (ckv, kpe) = jax.tree.unflatten(tree, weights), pools
         view = one_layer(ckv, kpe, table, lengths).view(1, jnp.ones_like(lengths))
         rope = rotation(config, view.positions)
-        for _ in range(CALLS):
+        for _ in range(timing.CALLS):
             out, ckv, kpe = layer.paged(x, ckv, kpe, view, rope)
             x = x + out
         return x, (ckv, kpe)
@@ -114,7 +114,7 @@ def attention_by_context(mesh: AnyMesh, config: MLAConfig, length: int) -> Progr
         layer = jax.tree.unflatten(tree, weights)
         view = one_layer(ckv, kpe, table, lengths).view(1, jnp.ones_like(lengths))
         pages = (ckv, kpe, view.page_ids, view.start, view.held(view.length, PAGE))
-        for _ in range(CALLS):
+        for _ in range(timing.CALLS):
             query = layer.absorb_query(x)
             out, lse = paged_decode(query, q_pe, *pages, sm_scale=config.softmax_scale)
             x = x + merge_over_context(layer.expand_values(out), lse)
