@@ -9,13 +9,14 @@ row's choice is uniform and independent of the others'.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from mla_jax.config import ModelConfig
-from mla_jax.sharding.mesh import CONTEXT_AXIS, DATA_AXIS, MODEL_AXIS, check_mesh
+from mla_jax.sharding.mesh import CONTEXT_AXIS, MODEL_AXIS, check_mesh
 from mla_jax.sharding.plan import Link, Message, Plan, parameters, plan_decode, values_a_device
 
 FP8_BYTES = 1 + 4 / 128**2
@@ -205,22 +206,37 @@ def rank_meshes(
 
 def _weights(config: ModelConfig, rows: int, model: int, fp8: bool) -> tuple[int, float, float]:
     """Of a device: (bytes held, bytes that a step reads, operations of its products)."""
-    mesh = AbstractMesh((1, 1, model), (DATA_AXIS, CONTEXT_AXIS, MODEL_AXIS))
     hit = experts_hit(config, rows)
     chosen = 0.0 if config.moe is None else config.moe.n_active / config.moe.n_routed
     held = read = products = 0.0
-    for path, parameter in parameters(config).items():
-        values = values_a_device(parameter, mesh)
-        embedding = path == ("embed",)
-        experts = parameter.ndim > 2 and parameter.get_metadata()["out_sharding"][0] == MODEL_AXIS
-        plain = embedding or path == ("head",) or "router" in path or parameter.ndim == 1
-        item = FP8_BYTES if fp8 and not plain else jnp.dtype(parameter.dtype).itemsize
-        held += values * item
-        if embedding and not config.tie_embeddings:
+    for kind, (values, size) in _values(config, model).items():
+        if fp8 and kind in ("matrix", "expert"):
+            size = values * FP8_BYTES
+        held += size
+        if kind == "embedding" and not config.tie_embeddings:
             continue  # a row a token, not the table
-        read += values * item * (hit if experts else 1)
-        products += 2 * rows * values * (chosen if experts else 1)
+        read += size * (hit if kind == "expert" else 1)
+        products += 2 * rows * values * (chosen if kind == "expert" else 1)
     return round(held), read, products
+
+
+@functools.cache
+def _values(config: ModelConfig, model: int) -> dict[str, tuple[int, int]]:
+    """How many weights of each kind a device has, and their bytes as they are made."""
+    mesh = AbstractMesh((model,), (MODEL_AXIS,))
+    found: dict[str, tuple[int, int]] = {}
+    for path, parameter in parameters(config).items():
+        if path == ("embed",):
+            kind = "embedding"
+        elif path == ("head",) or "router" in path or parameter.ndim == 1:
+            kind = "plain"
+        else:
+            stacked = parameter.ndim > 2 and parameter.get_metadata()["out_sharding"][0]
+            kind = "expert" if stacked == MODEL_AXIS else "matrix"
+        values, size = values_a_device(parameter, mesh), jnp.dtype(parameter.dtype).itemsize
+        before = found.get(kind, (0, 0))
+        found[kind] = before[0] + values, before[1] + values * size
+    return found
 
 
 def _span(message: Message, model: int) -> int:

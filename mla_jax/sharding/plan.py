@@ -90,8 +90,10 @@ def values_a_device(parameter: nnx.Variable, mesh: AbstractMesh) -> int:
     return math.prod(sharding.shard_shape(parameter.shape))
 
 
-def weight_bytes(config: ModelConfig, mesh: AbstractMesh) -> int:
-    """Bytes of the parameters that lie on each device."""
+@functools.cache
+def weight_bytes(config: ModelConfig, model: int) -> int:
+    """Bytes of the parameters that lie on each device where `model` devices share them."""
+    mesh = AbstractMesh((model,), (MODEL_AXIS,))
     return sum(
         values_a_device(parameter, mesh) * jnp.dtype(parameter.dtype).itemsize
         for parameter in parameters(config).values()
@@ -157,7 +159,7 @@ def plan_decode(
     )
     return Plan(
         devices=data * context * model,
-        weight_bytes=weight_bytes(config, mesh),
+        weight_bytes=weight_bytes(config, model),
         cache_bytes=pools + table,
         logits_bytes=rows * vocab * jnp.dtype(jnp.float32).itemsize,
         messages=tuple(message for message in messages if message.devices > 1),

@@ -4,7 +4,7 @@ Without GPUs the same runs on eight CPU devices, where Triton's kernels are inte
 """
 
 import dataclasses
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -36,16 +36,29 @@ WIDE = dataclasses.replace(
     ALL_CHOSEN,
     mla=dataclasses.replace(ALL_CHOSEN.mla, kv_lora_rank=128, qk_rope_head_dim=64),
 )
-DENSE = dataclasses.replace(WIDE, moe=None)
 # Float32 sums in another order, of logits of about unit size.
 ATOL = 2e-4
 
 
-def random_tokens(rng, length: int) -> np.ndarray:
-    return rng.integers(0, WIDE.vocab, (BATCH, length)).astype(np.int32)
+@functools.cache
+def case(seed: int, dtype: str, length: int, moe: bool = True) -> tuple[Decoder, np.ndarray]:
+    """A model, and a text of BATCH rows."""
+    config = WIDE if moe else dataclasses.replace(WIDE, moe=None)
+    tokens = np.random.default_rng(seed).integers(0, WIDE.vocab, (BATCH, length), np.int32)
+    return Decoder(config.replace_dtype(dtype), rngs=nnx.Rngs(seed)), tokens
 
 
-def check(got: np.ndarray, want: np.ndarray, dtype: str) -> None:
+@functools.cache
+def alone(seed: int, dtype: str, length: int, moe: bool = True, **options) -> np.ndarray:
+    """One device's logits: the same for every mesh."""
+    return logits_on(None, *case(seed, dtype, length, moe), prompt=length - 3, page=PAGE, **options)
+
+
+def check(shape, seed, dtype, length, moe=True, *, beside=None, **options) -> None:
+    """A mesh's logits beside one device's, with the same options or `beside`'s."""
+    want = alone(seed, dtype, length, moe, **(options if beside is None else beside))
+    model, tokens = case(seed, dtype, length, moe)
+    got = logits_on(mesh_of(shape), model, tokens, prompt=length - 3, page=PAGE, **options)
     if dtype == "float32":
         np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
     else:
@@ -57,38 +70,25 @@ def check(got: np.ndarray, want: np.ndarray, dtype: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", [None, "triton", "reference"])
-def test_prefill_and_steps(seed, rng, backend, dtype, shape):
-    """A prompt that attends in the latent space, then steps, beside one device's."""
-    model = Decoder(WIDE.replace_dtype(dtype), rngs=nnx.Rngs(seed))
-    tokens = random_tokens(rng, 40)
-    kernel = {"backend": backend, "interpret": not ON_GPU and backend == "triton"}
-    options = {"prompt": 37, "page": PAGE, **kernel}
-    want = logits_on(None, model, tokens, **options)
-    check(logits_on(mesh_of(shape), model, tokens, **options), want, dtype)
+def test_prefill_and_steps(seed, backend, dtype, shape):
+    """A prompt that attends in the latent space, then steps."""
+    check(shape, seed, dtype, 40, backend=backend, interpret=not ON_GPU and backend == "triton")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_long_prompts(seed, rng, dtype, shape):
+def test_long_prompts(seed, dtype, shape):
     """Enough queries for full keys and values, whichever backend is the fastest for them."""
-    model = Decoder(WIDE.replace_dtype(dtype), rngs=nnx.Rngs(seed))
-    assert model.layers[0].attn.expands(300)
-    tokens = random_tokens(rng, 302)
-    options = {"prompt": 300, "page": PAGE}
-    want = logits_on(None, model, tokens, **options)
-    check(logits_on(mesh_of(shape), model, tokens, **options), want, dtype)
+    assert case(seed, dtype, 300)[0].layers[0].attn.expands(297)
+    check(shape, seed, dtype, 300)
 
 
 @needs_hopper
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
-def test_mosaic_gpu(seed, rng, shape):
+def test_mosaic_gpu(seed, shape):
     """Named for the steps; of a model without experts, which it has no kernel for."""
-    model = Decoder(DENSE.replace_dtype("bfloat16"), rngs=nnx.Rngs(seed))
-    tokens = random_tokens(rng, 40)
-    options = {"prompt": 37, "page": PAGE}
-    want = logits_on(None, model, tokens, step_backend="reference", **options)
-    got = logits_on(mesh_of(shape), model, tokens, step_backend="mosaic_gpu", **options)
-    check(got, want, "bfloat16")
+    beside = {"step_backend": "reference"}
+    check(shape, seed, "bfloat16", 40, False, beside=beside, step_backend="mosaic_gpu")
 
 
 def sizes_of(axis: str) -> tuple:
@@ -133,17 +133,19 @@ def test_the_cache_stays_where_it_is(seed):
     """Donated: every device appends to its own pools, and nothing else is written to memory."""
     mesh = mesh_of(SHAPES[-1])
     model = shard_model(Decoder(WIDE, rngs=nnx.Rngs(seed)), mesh)
-    sizes = {"num_pages": 4 * BATCH, "page_size": PAGE, "max_batch": BATCH, "max_pages": 4}
-    cache = PagedLatentCache.create(WIDE, **sizes, mesh=mesh)
+    cache = PagedLatentCache.create(
+        WIDE, num_pages=4 * BATCH, page_size=PAGE, max_batch=BATCH, max_pages=4, mesh=mesh
+    )
     groups = mesh.shape["data"]
     table = np.arange(4 * BATCH, dtype=np.int32).reshape(BATCH, 4) % (4 * BATCH // groups)
     place = cache.lengths.sharding
     cache = cache.with_rows(jax.device_put(table, place), cache.lengths)
 
     def addresses(cache: PagedLatentCache) -> list[int]:
-        pools = itertools.chain(cache.ckv, cache.kpe)
         return [
-            part.data.unsafe_buffer_pointer() for pool in pools for part in pool.addressable_shards
+            part.data.unsafe_buffer_pointer()
+            for pool in jax.tree.leaves((cache.ckv, cache.kpe))
+            for part in pool.addressable_shards
         ]
 
     tokens = jax.device_put(np.zeros(BATCH, np.int32), place)

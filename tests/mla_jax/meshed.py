@@ -102,8 +102,14 @@ def logits_on(
     per_row = -(-total // page)
     # As many pages as any of these meshes divides.
     num_pages = batch * per_row * 8
-    sizes = {"num_pages": num_pages, "page_size": page, "max_batch": batch, "max_pages": per_row}
-    cache = PagedLatentCache.create(model.config, **sizes, mesh=mesh)
+    cache = PagedLatentCache.create(
+        model.config,
+        num_pages=num_pages,
+        page_size=page,
+        max_batch=batch,
+        max_pages=per_row,
+        mesh=mesh,
+    )
     groups = 1 if mesh is None else mesh.shape["data"]
     table = np.arange(batch * per_row, dtype=np.int32).reshape(batch, per_row)
     table %= per_row * (batch // groups)
