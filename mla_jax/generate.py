@@ -212,8 +212,8 @@ class _Session:
         """Write every prompt to the cache; the first new token of every row."""
         self._upload_table()
         batch, longest = self.batch, max(map(len, self.prompts))
-        # Widths are powers of two, so that few programs serve all prompts.
-        width = min(PREFILL_CHUNK, max(8, 1 << (longest - 1).bit_length()))
+        # Widths are powers of two, so that few programs serve all prompts; the cache may be less.
+        width = min(PREFILL_CHUNK, max(8, 1 << (longest - 1).bit_length()), self.cache.max_length)
         config, mesh = self.model.config, self.mesh
         place = None if mesh is None else NamedSharding(mesh, logits_spec(config, mesh))
         logits = jnp.zeros((batch, config.vocab), jnp.float32, device=place)

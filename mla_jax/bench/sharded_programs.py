@@ -54,8 +54,9 @@ def module_structs(make: Callable[[], Any], mesh: AnyMesh) -> Any:
 
 
 def pool_structs(mesh: AnyMesh, tokens: int) -> tuple[Any, Any]:
-    """One layer's pools for so many tokens, spread over the mesh's context devices."""
-    pages = -(-tokens // PAGE)
+    """One layer's pools for so many tokens, spread evenly over the mesh's context devices."""
+    context = axis_size(mesh, CONTEXT_AXIS)
+    pages = -(-tokens // PAGE // context) * context
     ckv, kpe = (struct(mesh, (pages, PAGE, width), DTYPE, CONTEXT_AXIS) for width in WIDTHS)
     return ckv, kpe
 
@@ -157,10 +158,10 @@ def put(values: Any, like: jax.ShapeDtypeStruct) -> Array:
     return jax.device_put(np.broadcast_to(np.int32(values), like.shape), like.sharding)
 
 
-def ids_on(mesh: AnyMesh, places: np.ndarray) -> np.ndarray:
-    """The ids of pages that lie at `places` of the whole pool: id i is on device i % context."""
+def ids_on(mesh: AnyMesh, places: np.ndarray, pages: int) -> np.ndarray:
+    """The ids of what lies at `places` of a pool of `pages`: id i is on device i % context."""
     context = axis_size(mesh, CONTEXT_AXIS)
-    own = places.size // context
+    own = pages // context
     return places % own * context + places // own
 
 
@@ -186,7 +187,7 @@ def context_runs(program: Program, run: Callable[..., Any], length: int) -> Runs
     places, _ = random_pages(1, length, 0)
     query, q_pe, pools = random_arrays((x, q_pe, pools), 0)
     # The view counts a new token: here it is one that is there already.
-    tables = put(ids_on(program.mesh, places), table), put(length - 1, lengths)
+    tables = put(ids_on(program.mesh, places, pools[0].shape[0]), table), put(length - 1, lengths)
     return Runs(run, query, state, (random_weights(weights, 1), q_pe, pools, *tables))
 
 

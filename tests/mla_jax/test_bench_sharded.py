@@ -22,7 +22,7 @@ SIZES = sharded.Sizes(
     layer=LAYER,
     batch=2,
     length=70,
-    contexts=(200,),
+    contexts=(150,),
     model=MODEL,
     step_batches=(2,),
     step_length=70,
@@ -53,7 +53,7 @@ def test_every_part(tmp_path, capsys):
         *(("all_reduce", f"{count}x64") for count in (1, 2, 16)),
         ("attention", "B2-h4-s70"),
         *[("layer", "B2-h4-s70")] * 2,
-        ("context", "B1-h4-s200"),
+        ("context", "B1-h4-s150"),
         *[("step", "B2-s70")] * 2,
     ]
     measured = document["link"]
@@ -131,17 +131,17 @@ def test_heads_over_devices_are_those_of_one():
 
 
 def test_context_is_attention_over_all_keys(monkeypatch):
-    """Against float64: absorbed queries, scores, values, from the arrays of the run."""
+    """Three pages on two devices, against float64: absorbed queries, scores, values."""
     monkeypatch.setattr(timing, "CALLS", 1)
     results = runs_of(
-        programs.attention_by_context, programs.context_runs, "context", LAYER, length=200
+        programs.attention_by_context, programs.context_runs, "context", LAYER, length=150
     )
     runs = results[0][0]
     weights, q_pe, pools, table, _ = runs.rest
     layer = jax.tree.unflatten(layer_tree(), weights)
     wkv_b = float64(layer.wkv_b.weight[...]).reshape(4, 256, 512)
     places = np.asarray(table)[0]
-    ckv, kpe = (float64(pool)[places].reshape(-1, pool.shape[-1])[:200] for pool in pools)
+    ckv, kpe = (float64(pool)[places].reshape(-1, pool.shape[-1])[:150] for pool in pools)
     query = np.einsum("hn,hnc->hc", float64(runs.x)[0, 0], wkv_b[:, :128])
     scores = (query @ ckv.T + float64(q_pe)[0, 0] @ kpe.T) * LAYER.softmax_scale
     probs = np.exp(scores - scores.max(-1, keepdims=True))

@@ -39,6 +39,14 @@ def test_greedy_equals_the_model_without_a_cache(model, rng):
         assert agree.mean() > 0.95
 
 
+@pytest.mark.parametrize(("prompt", "page_size"), [(9, 4), (1, 1)])
+def test_a_cache_of_just_the_tokens(model, rng, prompt, page_size):
+    """Fewer slots than the power of two of a prefill chunk."""
+    prompts = [rng.integers(0, 256, prompt).tolist()]
+    roomy = generate(model, prompts, max_new_tokens=2, page_size=64)
+    assert generate(model, prompts, max_new_tokens=2, page_size=page_size) == roomy
+
+
 def test_rows_do_not_see_each_other(model, rng):
     prompts = [rng.integers(0, 256, n).tolist() for n in (3, 40)]
     together = generate(model, prompts, max_new_tokens=20)
