@@ -27,10 +27,13 @@ GRID, CLUSTER, THREAD = "mla_worker", "mla_cluster", "mla_warpgroup"
 class MosaicTiles:
     """cluster: blocks of 64 rows that share their keys: 1, or 2.
     order: how the consumers share the work, see mosaic_gpu.py.
+    ahead: pieces of keys on their way to registers, see mosaic_converter.py; 0: the copy engine
+    brings keys to shared memory.
     """
 
     cluster: int
     order: Literal["twins", "line", "seesaw"]
+    ahead: int = 0
 
     @property
     def step(self) -> int:
@@ -49,10 +52,10 @@ class Block:
     Every warpgroup counts the tiles of its worker, n: tile n has the place n % STAGES of the ring.
     """
 
-    def __init__(self, refs, tiles, rows, heads, tokens, rope, interpret, worker, block):
+    def __init__(self, refs, tiles, rows, heads, tokens, rope, sparse, interpret, worker, block):
         self.refs, self.tiles, self.rows = refs, tiles, rows
         self.heads, self.tokens = heads, tokens
-        self.rope, self.interpret = rope, interpret
+        self.rope, self.sparse, self.interpret = rope, sparse, interpret
         self.worker, self.block = worker, block
         latent = refs["ckv"].shape[-1]
         self.half, self.stripes = latent // 2, latent // STRIPE

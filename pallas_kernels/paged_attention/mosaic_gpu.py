@@ -29,8 +29,11 @@ one waits for its softmax, the other keeps the tensor cores busy.
     consumer 0: scores 0 . softmax 0 . values 0 (left)               . values 1 (left)
     consumer 1: scores 1 .             values 0 (right) | softmax 1  . values 1 (right)
 
-mosaic_producer.py, mosaic_twins.py, mosaic_scores.py with mosaic_values.py, and mosaic_seesaw.py
-hold the roles, mosaic_tile.py what the last two do with a tile.
+An e4m3 cache, or tokens that a list names one by one, come through the registers of a converter in
+the producer's place, beside twins or the seesaw.
+
+mosaic_producer.py or mosaic_converter.py, mosaic_twins.py, mosaic_scores.py with mosaic_values.py,
+and mosaic_seesaw.py hold the roles, mosaic_tile.py what the last two do with a tile.
 """
 
 # Older versions of jax, which `unsupported` refuses, have no interpreter of this dialect.
@@ -57,6 +60,7 @@ from pallas_kernels.paged_attention.mosaic_block import (
     Block,
     MosaicTiles,
 )
+from pallas_kernels.paged_attention.mosaic_converter import convert
 from pallas_kernels.paged_attention.mosaic_producer import HALVES, STRIPES, produce
 from pallas_kernels.paged_attention.mosaic_scores import score
 from pallas_kernels.paged_attention.mosaic_scratch import scratch
@@ -66,6 +70,8 @@ from pallas_kernels.paged_attention.mosaic_values import sum_values
 
 __all__ = ["BOX", "KEYS", "ROWS", "MosaicTiles", "attend_pages_mosaic", "role_names"]
 
+REGISTERS = {"twins": 152, "seesaw": 208}
+"""A thread's of the consumers, beside a converter."""
 PROFILED = 120
 """Stages of a warpgroup that a profile has room for, in what shared memory is left."""
 
@@ -77,31 +83,35 @@ def _kernel(
     heads: int,
     tokens: int,
     rope: bool,
+    sparse: bool,
+    slot_scales: bool,
     interpret: bool,
     **scratch,
 ):
     """Gives every warpgroup of a block its role; refs: inputs, outputs."""
     names = (
         *("q_nope", *(("q_pe",) if rope else ()), "ckv", *(("kpe",) if rope else ())),
-        *("ids", "scale", "work"),
+        *("ids", "scale", "work", *(("slot_scales",) if slot_scales else ())),
         *("out", "lse", "part", "part_lse"),
     )
     by_name = {**dict(zip(names, refs, strict=True)), **scratch}
     worker = lax.axis_index(GRID)
     thread = lax.axis_index(THREAD)
     block = lax.axis_index(CLUSTER) if tiles.cluster > 1 else jnp.int32(0)
-    stand = Block(by_name, tiles, rows, heads, tokens, rope, interpret, worker, block)
+    stand = Block(by_name, tiles, rows, heads, tokens, rope, sparse, interpret, worker, block)
 
     if not interpret:
         # What is in front must have ended; what comes behind may make ready.
         plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
 
-    for index, role in enumerate(_roles(tiles)):
+    roles = _roles(tiles)
+    start = 512 // len(roles) // 8 * 8  # of the 65,536 that 128 threads of each share
+    for index, role in enumerate(roles):
 
         @pl.when(thread == index)
         def _(role=role):
-            action = "increase" if role.consumes else "decrease"
+            action = "increase" if role.registers >= start else "decrease"
             plgpu.set_max_registers(role.registers, action=action)
             role.run(stand)
 
@@ -112,7 +122,6 @@ class _Role(NamedTuple):
     name: str
     registers: int
     run: Callable[[Block], None]
-    consumes: bool = True
 
 
 def _roles(tiles: MosaicTiles) -> list[_Role]:
@@ -120,17 +129,19 @@ def _roles(tiles: MosaicTiles) -> list[_Role]:
 
     One thread of each may together have as many registers as the device has for 128 threads.
     """
-    ring = HALVES
-    if tiles.order == "twins":
-        ring = STRIPES
-        consumers = [_Role(f"twin {w}", 232, functools.partial(consume_alone, w=w)) for w in (0, 1)]
-    elif tiles.order == "seesaw":
-        consumers = [_Role(f"consumer {w}", 232, functools.partial(consume, w=w)) for w in (0, 1)]
-    else:
+    ring = STRIPES if tiles.order == "twins" else HALVES
+    if tiles.order == "line":
         values = [_Role(f"values {w}", 168, functools.partial(sum_values, w=w)) for w in (0, 1)]
         consumers = [_Role("scores", 128, score), *values]
-    producer = _Role("producer", 40, functools.partial(produce, ring=ring), consumes=False)
-    return [*consumers, producer]
+    else:
+        name, run = ("twin", consume_alone) if tiles.order == "twins" else ("consumer", consume)
+        registers = REGISTERS[tiles.order] if tiles.ahead else 232
+        consumers = [_Role(f"{name} {w}", registers, functools.partial(run, w=w)) for w in (0, 1)]
+    if tiles.ahead:
+        run = functools.partial(convert, ring=ring, ahead=tiles.ahead)
+        return [*consumers, _Role("converter", 504 - 2 * consumers[0].registers, run)]
+    run = functools.partial(produce, ring=ring)
+    return [*consumers, _Role("producer", 40, run)]
 
 
 def role_names(tiles: MosaicTiles) -> tuple[str, ...]:
@@ -148,6 +159,7 @@ def role_names(tiles: MosaicTiles) -> tuple[str, ...]:
         "heads",
         "tokens",
         "tiles",
+        "sparse",
         "interpret",
         "profile",
     ),
@@ -167,8 +179,10 @@ def attend_pages_mosaic(
     heads: int,
     tokens: int,
     tiles: MosaicTiles,
+    sparse: bool = False,
     interpret: bool,
     profile: str = "",
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
 ):
     """(out, lse, part, part_lse): results of whole units, and of the parts of split ones.
 
@@ -176,6 +190,9 @@ def attend_pages_mosaic(
     work: `workers` rows of (the first of a worker's segments, the last + 1, the first one's row of
     Work.segments), so that a worker can start after one load, then a row for each segment, the same
     with two numbers that mean nothing.
+    sparse: pages are of one token, and from `seen` on an id outside the pool stands for no key;
+    needs rope columns, and keys that come through registers.
+    kv_scales: of a float8_e4m3fn cache, for each slot and 128 columns, or one; None is 1.
     profile: a folder for a trace of what each warpgroup does in a launch, in its first tiles.
     """
     all_rows, latent = q_nope.shape
@@ -184,6 +201,10 @@ def attend_pages_mosaic(
     cluster = {"cluster": (tiles.cluster,), "cluster_names": (CLUSTER,)}
     with_rope = (q_pe,) if rope else ()
     args = (q_nope, *with_rope, ckv_cache, *((kpe_cache,) if rope else ()))
+    by_slot = kv_scales is not None and kv_scales.ndim > 0
+    cache_scale = 1.0 if kv_scales is None or by_slot else kv_scales
+    numbers = jnp.stack([sm_scale, jnp.asarray(cache_scale, jnp.float32)])
+    slot_scales = (kv_scales.reshape(-1),) if by_slot else ()
     held = min(rows, ROWS)
     slot_rows = held if tiles.order == "twins" else ROWS * tiles.cluster
     run = plgpu.kernel(
@@ -194,6 +215,8 @@ def attend_pages_mosaic(
             heads=heads,
             tokens=tokens,
             rope=rope > 0,
+            sparse=sparse,
+            slot_scales=by_slot,
             interpret=interpret,
         ),
         out_type=[
@@ -212,7 +235,8 @@ def attend_pages_mosaic(
             rows=held,
             latent=latent,
             rope=rope > 0,
-            boxes=max(1, KEYS // ckv_cache.shape[1]),
+            sparse=sparse,
+            boxes=1 if tiles.ahead else max(1, KEYS // ckv_cache.shape[1]),
             dtype=dtype,
         ),
         compiler_params=plgpu.CompilerParams(
@@ -228,4 +252,4 @@ def attend_pages_mosaic(
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
         kernel_name="mla_paged_attention_mosaic",
     )
-    return run(*args, page_ids, sm_scale.reshape(1), work)
+    return run(*args, page_ids, numbers, work, *slot_scales)

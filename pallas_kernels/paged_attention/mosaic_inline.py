@@ -8,9 +8,10 @@ import functools
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 
 def synchronize():
@@ -42,6 +43,115 @@ def store_pieces(ref, value):
         ref[...] = value
     else:
         store(ref, value, optimized=False)
+
+
+def take(ref, index):
+    """ref[index] of a list in device memory, for int32 `index` [64] by `row_layout()`."""
+    layout = row_layout()
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), layout),
+        return_type=plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout=layout),
+    )
+    def take(ctx, ref, index):
+        del ctx
+        kind = ir.MemRefType(ref.type).element_type
+        size = mgpu.utils.bytewidth(kind)
+        found = np.empty_like(index.registers)
+        for at, i in np.ndenumerate(index.registers):
+            place = _address(ref, vector.extract(i, [], [0]), size)
+            value = llvm.load(kind, place, alignment=size, invariant=True)
+            found[at] = vector.broadcast(ir.VectorType.get((1,), kind), value)
+        return _array(found, layout)
+
+    return take(ref, index)
+
+
+def take_rows(ref, row, present, first: int, columns: int):
+    """[64, columns] of a pool [pages, page, width]: the columns from `first` on of its slots `row`.
+
+    row: int32 [64] by `row_layout()`, counted over all pages; present: bool, likewise: other rows
+    are 0, whatever the pool holds; columns: a multiple of 64.
+    """
+    layout, width = tile_layout(), ref.shape[-1]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), row_layout(), row_layout()),
+        return_type=plgpu.ShapeDtypeStruct((64, columns), ref.dtype, layout=layout),
+    )
+    def take_rows(ctx, ref, row, present):
+        del ctx
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        kind = ir.MemRefType(ref.type).element_type
+        size = mgpu.utils.bytewidth(kind)
+        vector_type = ir.VectorType.get((VECTOR,), kind)
+        words_type = ir.VectorType.get((VECTOR * size // 4,), i32)
+        zeros = arith.constant(words_type, ir.DenseElementsAttr.get_splat(words_type, _zero(i32)))
+        lane = arith.remui(mgpu.thread_idx(), arith.constant(i32, 64 // VECTOR))
+        lane = arith.extui(i64, arith.muli(lane, arith.constant(i32, VECTOR)))
+        found = np.empty(layout.to_mgpu().registers_shape((64, columns)), dtype=object)
+        by_row = found.reshape(len(row.registers.flat), columns // 64)
+        for i, (one, there) in enumerate(
+            zip(row.registers.flat, present.registers.flat, strict=True)
+        ):
+            there = vector.extract(there, [], [0])
+            slot = arith.extsi(i64, vector.extract(one, [], [0]))
+            slot = arith.addi(arith.muli(slot, arith.constant(i64, width)), lane)
+            for j in range(columns // 64):
+                place = arith.addi(slot, arith.constant(i64, first + 64 * j))
+                address = _address(ref, place, size)
+                words = llvm.load(words_type, address, alignment=VECTOR * size, invariant=True)
+                words = arith.select(there, words, zeros)
+                by_row[i, j] = vector.bitcast(vector_type, words)
+        return _array(by_row.reshape(found.shape), layout)
+
+    return take_rows(ref, row, present)
+
+
+VECTOR = 8
+"""Neighbouring columns that a thread holds of a gathered tile."""
+
+
+@functools.cache
+def tile_layout():
+    """Of a gathered tile: eight threads hold 64 columns of a row, a warp four rows of 16.
+
+    So a thread has few rows, to which scales and ids belong, and eight threads store one line of a
+    swizzled box.
+    """
+    return plgpu.Layout.TILED(
+        fragmented_array.Tiling(((16, 64), (4, 64), (VECTOR,))),
+        warp_dims=(-5,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+def row_layout():
+    """Of one number for each row of a gathered tile."""
+    return tile_layout().reduce(1)
+
+
+def _zero(kind):
+    return ir.IntegerAttr.get(kind, 0)
+
+
+def _address(ref, index, size: int):
+    """Of a number of an array in device memory, counted over all of it."""
+    i8, i64 = (ir.IntegerType.get_signless(bits) for bits in (8, 64))
+    if index.type != i64:
+        index = arith.extsi(i64, index)
+    offset = arith.muli(index, arith.constant(i64, size))
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [offset], i8)
+
+
+def _array(registers, layout):
+    kind = ir.VectorType(registers.flat[0].type).element_type
+    return mgpu.FragmentedArray(
+        _registers=registers,
+        _layout=layout.to_mgpu(),
+        _is_signed=True if isinstance(kind, ir.IntegerType) else None,
+    )
 
 
 def over_rows(v, shape: tuple[int, ...]):

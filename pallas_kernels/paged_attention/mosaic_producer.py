@@ -1,4 +1,4 @@
-"""The producer warpgroup of the Mosaic GPU kernel: every copy from device to shared memory."""
+"""The producer warpgroup of the Mosaic GPU kernel: copies from device to shared memory."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -87,21 +87,6 @@ def produce(c: Block, ring: Ring):
             found.append((jnp.clip(page, 0, num_pages - 1), row))
         return found
 
-    def load_queries(segment, done):
-        @pl.when(done > 0)
-        def _():
-            with jax.named_scope("wait for the queries' place"):
-                plgpu.barrier_wait(c.q_free)
-
-        at, rows = c.rows_of(segment), pl.ds(0, c.rows)
-        count = c.q_s.shape[0]
-        width = c.q_nope.shape[-1] // count
-        for i in range(count):
-            columns = pl.ds(i * width, width)
-            plgpu.copy_gmem_to_smem(c.q_nope.at[at, columns], c.q_s.at[i, rows], c.q_full)
-        if c.rope:
-            plgpu.copy_gmem_to_smem(c.q_pe.at[at], c.q_rope_s.at[0, rows], c.q_full)
-
     def load_keys(found, n):
         boxes = []
         for box, (page, row) in enumerate(found):
@@ -121,7 +106,7 @@ def produce(c: Block, ring: Ring):
         tiles = c.tiles.step // KEYS
         begin, end = segment.begin * tiles, segment.end * tiles
         found = pages(segment, begin)
-        load_queries(segment, done)
+        load_queries(c, segment, done)
 
         def tile(i, carry):
             n, found = carry
@@ -133,7 +118,32 @@ def produce(c: Block, ring: Ring):
         return n, done + 1
 
     n, done = c.segments_of_worker(segment_body, (jnp.int32(0), jnp.int32(0)))
-    # Nobody leaves while the other block of a cluster may still arrive at its barriers.
+    drain(c, ring, n, done)
+
+
+def load_queries(c: Block, segment, done):
+    """A segment's queries, once those of the one before, if any is `done`, have been used."""
+
+    @pl.when(done > 0)
+    def _():
+        with jax.named_scope("wait for the queries' place"):
+            plgpu.barrier_wait(c.q_free)
+
+    at, rows = c.rows_of(segment), pl.ds(0, c.rows)
+    count = c.q_s.shape[0]
+    width = c.q_nope.shape[-1] // count
+    for i in range(count):
+        columns = pl.ds(i * width, width)
+        plgpu.copy_gmem_to_smem(c.q_nope.at[at, columns], c.q_s.at[i, rows], c.q_full)
+    if c.rope:
+        plgpu.copy_gmem_to_smem(c.q_pe.at[at], c.q_rope_s.at[0, rows], c.q_full)
+
+
+def drain(c: Block, ring: Ring, n, done):
+    """Waits until n tiles and the queries of `done` segments have been used.
+
+    Nobody leaves while the other block of a cluster may still arrive at its barriers.
+    """
     _wait_for(c.q_free, done > 0)
     for barrier, used in ring.places(c, n):
         _wait_for(barrier, used)

@@ -46,7 +46,7 @@ def score(c: Block):
         def tile(i, carry):
             m, l, n = carry
             place = c.place(n)
-            s = hide(c, scores(place, always_zero(i)), i, segment, limit)
+            s = hide(c, scores(place, always_zero(i)), i, segment, limit, place)
             clear_unused(c, i, segment, place)
             with jax.named_scope("softmax"):
                 p, new_m = softmax(m, s)

@@ -26,15 +26,35 @@ ROPE_PLACES = 3
 
 
 def scratch(
-    tiles: MosaicTiles, *, rows: int, latent: int, rope: bool, boxes: int, dtype: Any
+    tiles: MosaicTiles,
+    *,
+    rows: int,
+    latent: int,
+    rope: bool,
+    sparse: bool,
+    boxes: int,
+    dtype: Any,
 ) -> dict[str, Any]:
     """What `tiles.order` needs.
 
-    rows: of a request's queries that a block holds, a multiple of 8. boxes: copies that make a
+    rows: of a request's queries that a block holds, a multiple of 8. boxes: arrivals that make a
     tile's keys.
     """
-    if tiles.order == "twins":
-        return _of_twins(rows, latent, rope, boxes, dtype)
+    twins = tiles.order == "twins"
+    own = (
+        _of_twins(rows, latent, rope, boxes, dtype)
+        if twins
+        else _of_halves(tiles, latent, rope, boxes, dtype)
+    )
+    if sparse:
+        # 0 for a key that there is, else the lowest score.
+        own["bias_s"] = plgpu.SMEM((ROPE_PLACES if twins else STAGES, KEYS), jnp.float32)
+    return own
+
+
+def _of_halves(
+    tiles: MosaicTiles, latent: int, rope: bool, boxes: int, dtype: Any
+) -> dict[str, Any]:
     half = latent // 2
     consumers = 2 if tiles.order == "seesaw" else 1  # that close a segment
     free = plgpu.Barrier(num_barriers=2 * STAGES)

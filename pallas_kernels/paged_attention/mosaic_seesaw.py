@@ -97,7 +97,7 @@ def consume(c: Block, w: int):
             acc_ref[...] = rescale(plgpu.wgmma_accumulator_load(acc_ref, wait_n=None), keep)
             plgpu.wgmma(acc_ref, c.p_s.at[other + z], c.k_s.at[other + z, w])
             s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1) * scale
-            s = hide(c, s, 2 * i + w, segment, limit)
+            s = hide(c, s, 2 * i + w, segment, limit, w)
             clear_unused(c, 2 * i + w, segment, w)
             p, m1 = softmax(m0, s)
             p_ref[...] = p.astype(dtype)
@@ -122,7 +122,7 @@ def consume(c: Block, w: int):
             z = always_zero(i)
             if w == 1 and not c.interpret:
                 return both_tiles(*carry, i, z, segment, limit)
-            s = hide(c, scores(z), 2 * i + w, segment, limit)
+            s = hide(c, scores(z), 2 * i + w, segment, limit, w)
             clear_unused(c, 2 * i + w, segment, w)
             if w == 0:
                 return others_tile(*own_tile(*carry, s, z), z)

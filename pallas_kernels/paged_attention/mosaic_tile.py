@@ -58,13 +58,16 @@ def limits(c: Block, segment: Segment, rows: int = ROWS, layout=ROW_LAYOUT):
     return jnp.minimum(segment.seen + lax.div(row, jnp.int32(c.heads)), segment.length)
 
 
-def hide(c: Block, s, tile, segment: Segment, limit, key_axis: int = 1):
-    """Scores of keys that a row does not see become the lowest."""
+def hide(c: Block, s, tile, segment: Segment, limit, place, key_axis: int = 1):
+    """Scores of keys that a row does not see become the lowest; place: of a sparse tile's bias."""
     first = tile * KEYS
-    over_keys = over_rows if key_axis == 1 else over_columns
+    over_keys, of_keys = (over_rows, over_columns) if key_axis == 1 else (over_columns, over_rows)
 
     def hidden(s):
         layout = plgpu.Layout.WGMMA
+        if c.sparse:
+            bias = plgpu.load(c.bias_s.at[place], layout=layout.reduce(1 - key_axis))
+            return s + of_keys(bias, s.shape)
         key = first + plgpu.broadcasted_iota(jnp.int32, s.shape, key_axis, layout=layout)
         bound = limit if c.tokens == 1 else over_keys(limit, s.shape)
         return jnp.where(key < bound, s, LOWEST)
@@ -74,6 +77,8 @@ def hide(c: Block, s, tile, segment: Segment, limit, key_axis: int = 1):
 
 def clear_unused(c: Block, tile, segment: Segment, place):
     """Slots behind the request's last token may hold NaN, which 0 does not silence."""
+    if c.tiles.ahead:
+        return  # what comes through registers is 0 there
     valid = segment.length - tile * KEYS
 
     @pl.when(valid < KEYS)

@@ -127,9 +127,11 @@ def consume_alone(c: Block, w: int):
 
         def tile(i, carry):
             acc, m, l, n = carry
-            s = hide(c, scores(n, always_zero(i)), i, segment, limit, key_axis=0)
+            s = scores(n, always_zero(i))
+            place = c.rope_place(n) if c.rope else None
+            s = hide(c, s, i, segment, limit, place, key_axis=0)
             if c.rope:
-                plgpu.barrier_arrive(c.free_rope.at[c.rope_place(n)])
+                plgpu.barrier_arrive(c.free_rope.at[place])
             _clear_unused(c, i, segment, n, pieces)
             give_back(n, others)
             with jax.named_scope("softmax"):
@@ -173,6 +175,8 @@ def _over_keys(c: Block, op: str, x, w: int):
 
 def _clear_unused(c: Block, tile, segment: Segment, n, pieces: list[_Piece]):
     """Slots behind the request's last token may hold NaN, which 0 does not silence."""
+    if c.tiles.ahead:
+        return  # what comes through registers is 0 there
     valid = segment.length - tile * KEYS
 
     @pl.when(valid < KEYS)

@@ -26,6 +26,7 @@ OLDEST_JAX = (0, 11)
 TWINS_ROWS, TWINS_REQUESTS = 32, 64
 """Up to as many query rows of up to as many requests stand on the products' N: a tile takes less
 time. More requests wait for memory, and twins, who both read every tile, take more power."""
+UNMEASURED = "keys through registers, which has not been measured on a GPU yet"
 FEW_ROWS, FEW_REQUESTS = 16, 8
 """Up to as many rows of up to as many requests, Triton's kernel is faster: it starts sooner."""
 
@@ -36,13 +37,13 @@ def unsupported(problem: PagedProblem) -> str | None:
         return f"jax is {jax.__version__}, Mosaic GPU's copies and its interpreter need 0.11"
     if problem.dtype not in ("bfloat16", "float16"):
         return f"the dtype is {problem.dtype}, the tensor cores take bfloat16 and float16"
-    if problem.scaled is not None:
-        return "the cache is float8_e4m3fn, whose numbers this kernel does not convert"
     if problem.latent % (2 * BOX) or problem.latent > 512:
         return f"latent is {problem.latent}, two halves of whole boxes need 128, 256, 384 or 512"
     if problem.rope not in (0, BOX):
         return f"rope is {problem.rope}, a box of columns is {BOX} (or none)"
-    if problem.page_size % 8 or (problem.page_size % KEYS and KEYS % problem.page_size):
+    whole = problem.page_size % 8 == 0
+    whole &= problem.page_size % KEYS == 0 or KEYS % problem.page_size == 0
+    if problem.scaled is None and not whole:
         return (
             f"the page size is {problem.page_size}, the copy engine takes 8, 16, 32, "
             f"or a multiple of {KEYS}"
@@ -57,6 +58,8 @@ def unfit(device: Device) -> str | None:
 
 def outrun(problem: PagedProblem) -> str | None:
     """None if no other backend is faster at `problem`, else the reason why."""
+    if problem.scaled is not None:
+        return UNMEASURED
     if problem.rows <= FEW_ROWS and problem.batch <= FEW_REQUESTS:
         return (
             f"{problem.batch} requests of {problem.rows} query rows, too few for blocks of {ROWS}"
@@ -64,9 +67,17 @@ def outrun(problem: PagedProblem) -> str | None:
     return None
 
 
-def default_mosaic_tiles(problem: PagedProblem) -> MosaicTiles:
+def default_mosaic_tiles(problem: PagedProblem, *, gathers: bool = False) -> MosaicTiles:
     """One block for up to 64 rows, whose keys nobody else reads; else clusters of two, with as many
-    products as the tensor cores can take, for which the seesaw has the shorter way."""
+    products as the tensor cores can take, for which the seesaw has the shorter way.
+
+    gathers: keys come through registers, as those of an e4m3 cache or by token must. With these a
+    block has the fewer registers for its consumers, and no multicast.
+    """
+    if gathers:
+        if problem.rows <= TWINS_ROWS:
+            return MosaicTiles(cluster=1, order="twins", ahead=4)
+        return MosaicTiles(cluster=1, order="seesaw", ahead=2)
     if problem.rows > ROWS:
         return MosaicTiles(cluster=2, order="seesaw")
     few = problem.rows <= TWINS_ROWS and problem.batch <= TWINS_REQUESTS
@@ -98,6 +109,7 @@ def plan_work(
     *,
     num_splits: int | None,
     deterministic: bool,
+    named: Int[Array, " batch"] | None = None,
 ) -> _Plan:
     """Who does what, for requests of `padded_rows` each."""
     rows, tile_rows = padded_rows(problem, tiles), ROWS * tiles.cluster
@@ -112,7 +124,7 @@ def plan_work(
         owned=whole,
         first_id=start[request],
         length=length[request],
-        seen=length[request] - problem.tokens + 1,
+        seen=(length - problem.tokens + 1 if named is None else named)[request],
     )
     steps = (units.length + tiles.step - 1) // tiles.step
     most_steps = -(-problem.num_ids * problem.page_size // tiles.step)
@@ -155,14 +167,18 @@ def paged_decode_mosaic(
     interpret: bool,
     tiles: MosaicTiles | None = None,
     profile: str = "",
+    named: Int[Array, " batch"] | None = None,
+    kv_scales: Float[Array, ""] | Float[Array, "pages page groups"] | None = None,
 ) -> tuple[Float[Array, "batch tokens heads latent"], Float[Array, "batch tokens heads"]]:
     """`paged_decode` on Mosaic GPU; `tiles` overrides the choice, for tuning.
 
+    named: as in `paged_decode_triton`.
     profile: a folder for a trace of the kernel's stages, see attend_pages_mosaic.
     """
     batch, tokens, heads, latent = q_nope.shape
-    problem = PagedProblem.of("paged_decode", q_nope, q_pe, ckv_cache, page_ids, batch)
-    tiles = tiles or default_mosaic_tiles(problem)
+    problem = PagedProblem.of("paged_decode", q_nope, q_pe, ckv_cache, page_ids, batch, kv_scales)
+    gathers = named is not None or problem.scaled is not None
+    tiles = tiles or default_mosaic_tiles(problem, gathers=gathers)
     rows = padded_rows(problem, tiles)
 
     def flat(q: Array) -> Array:
@@ -176,6 +192,7 @@ def paged_decode_mosaic(
         *(length, start, problem, tiles, current_device()),
         num_splits=num_splits,
         deterministic=deterministic,
+        named=named,
     )
     out, lse, part, part_lse = attend_pages_mosaic(
         *(flat(q_nope), flat(q_pe), ckv_cache, kpe_cache, page_ids, sm_scale),
@@ -186,8 +203,10 @@ def paged_decode_mosaic(
         heads=heads,
         tokens=tokens,
         tiles=tiles,
+        sparse=named is not None,
         interpret=interpret,
         profile=profile,
+        kv_scales=kv_scales,
     )
     if plan.slots:
         slot_rows = part.shape[1]

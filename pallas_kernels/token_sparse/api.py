@@ -1,21 +1,40 @@
 """The one entry of token-sparse attention: a list of cached tokens for every query."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import Backend, choose, needs_gpu
 from pallas_kernels.checks import check_paged
 from pallas_kernels.paged_attention import PagedProblem, unsupported
+from pallas_kernels.paged_decode import mosaic_gpu
+from pallas_kernels.paged_decode.triton import paged_decode_triton
+from pallas_kernels.token_sparse.by_token import by_token
 from pallas_kernels.token_sparse.reference import token_sparse_reference
-from pallas_kernels.token_sparse.triton import token_sparse_triton
 
 TOPK_MULTIPLE, MOST_TOPK = 64, 2048
+
+
+def _unsupported_mosaic(problem: PagedProblem) -> str | None:
+    if problem.rope == 0:
+        return "there are no rope columns, with which the kernel is told of keys that are none"
+    # Rows are gathered one by one, whatever the pages.
+    return mosaic_gpu.unsupported(dataclasses.replace(problem, page_size=mosaic_gpu.KEYS))
+
 
 # Fastest first.
 BACKENDS = (
     Backend(
+        name="mosaic_gpu",
+        run=by_token(mosaic_gpu.paged_decode_mosaic),
+        unsupported=_unsupported_mosaic,
+        unfit=mosaic_gpu.unfit,
+        outrun=lambda problem: mosaic_gpu.UNMEASURED,
+    ),
+    Backend(
         name="triton",
-        run=token_sparse_triton,
+        run=by_token(paged_decode_triton),
         unsupported=unsupported,
         unfit=needs_gpu,
     ),

@@ -21,27 +21,34 @@ BOUNDS = {
 LSE = {1.0: 1e-3}
 
 
+BACKENDS = [
+    *(("triton", dtype) for dtype in BOUNDS),
+    *(("mosaic_gpu", dtype) for dtype in ("bfloat16", "float16")),
+]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 @pytest.mark.parametrize(("heads", "tokens"), [(1, 1), (16, 1), (16, 4), (128, 1), (128, 2)])
-def test_decode(rng, heads, tokens, dtype, kind):
+def test_decode(rng, heads, tokens, backend, dtype, kind):
     for page_size in (1, 16, 64, 256):
         lengths = (0, 1, page_size, page_size + 1, 777, 3000)
         sizes = {"heads": heads, "tokens": tokens, "latent": 512, "rope": 64, "dtype": dtype}
         fp8 = make_fp8(rng, kind, lengths=lengths, page_size=page_size, **sizes)
 
         def run(scales, *args):
-            return paged_decode(*args, sm_scale=SM_SCALE, kv_scales=scales, backend="triton")
+            return paged_decode(*args, sm_scale=SM_SCALE, kv_scales=scales, backend=backend)
 
         out, lse = jax.jit(run)(fp8.kv_scales, *fp8.case.args)
-        want_out, want_lse = fp8.want(SM_SCALE)
+        want_out, want_lse = fp8.want(SM_SCALE, backend)
         assert_within(out, want_out, BOUNDS[dtype])
         assert_within(lse, want_lse, LSE)
 
 
+@pytest.mark.parametrize("backend", ["triton", "mosaic_gpu"])
 @pytest.mark.parametrize("gibibytes", [3, 5])
 @pytest.mark.parametrize("kind", ["slot", "tensor"])
-def test_pools_beyond_2_gib(rng, gibibytes, kind):
+def test_pools_beyond_2_gib(rng, gibibytes, kind, backend):
     """Offsets of more than 31 bits, and of more than 32: pages at both ends and around 2 GiB."""
     page_size, latent, rope, heads = 64, 512, 64, 16
     page_bytes = page_size * latent
@@ -73,9 +80,11 @@ def test_pools_beyond_2_gib(rng, gibibytes, kind):
         *(jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32)),
         sm_scale=SM_SCALE,
         kv_scales=scales,
-        backend="triton",
+        backend=backend,
     )
     keys = (float64(ckv) * factors).reshape(-1, latent)[:length]
+    if backend == "mosaic_gpu":
+        keys = float64(jnp.asarray(keys, jnp.bfloat16))
     turned = float64(kpe).reshape(-1, rope)[:length]
     scores = float64(q_nope)[0, 0] @ keys.T + float64(q_pe)[0, 0] @ turned.T
     want_out, want_lse = softmax_sum(scores * SM_SCALE, keys)

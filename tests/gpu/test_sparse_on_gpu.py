@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fp8_pages import as_operands
 from index_choice import check_choice, make, scores_of
 from on_gpu import needs_gpu
 from oracles import assert_within
@@ -26,24 +27,29 @@ WIDE: dict[str, Any] = {"latent": 512, "rope": 64}
 COUNTS = (0, 1, 63, 64, 65, 700, 2047, 2048)
 
 
-def check(function, case, exact=None, **options) -> None:
+def check(function, case, exact=None, *, backend="triton", **options) -> None:
     def run(*args):
-        return function(*args, sm_scale=0.05, backend="triton", **options)
+        return function(*args, sm_scale=0.05, backend=backend, **options)
 
     out, lse = jax.jit(run)(*case.args)
-    want_out, want_lse = attend_lists(exact or case, 0.05)
+    exact = exact or case
+    want_out, want_lse = attend_lists(
+        as_operands(exact) if backend == "mosaic_gpu" else exact, 0.05
+    )
     assert_within(out, want_out, OUT[str(out.dtype)])
     assert_within(lse, want_lse, LSE[str(out.dtype)])
+
+
+BACKENDS = ["triton", "mosaic_gpu"]
 
 
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("heads", [1, 3, 16, 20, 32, 64, 65, 128])
 def test_decode(rng, heads, dtype, gaps):
-    check(
-        mla_sparse_decode,
-        make_lists(rng, COUNTS, heads=heads, topk=2048, gaps=gaps, **WIDE, dtype=dtype),
-    )
+    case = make_lists(rng, COUNTS, heads=heads, topk=2048, gaps=gaps, **WIDE, dtype=dtype)
+    for backend in BACKENDS[: 1 if dtype == "float32" else 2]:
+        check(mla_sparse_decode, case, backend=backend)
 
 
 @pytest.mark.parametrize(("latent", "rope"), [(64, 0), (64, 32), (256, 64), (512, 0)])
@@ -54,24 +60,28 @@ def test_widths(rng, latent, rope, page_size):
 
 
 @pytest.mark.parametrize("options", [{"num_splits": 1}, {"num_splits": 7}, {"deterministic": True}])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("heads", [16, 128])
-def test_options(rng, heads, options):
+def test_options(rng, heads, backend, options):
     case = make_lists(rng, COUNTS, heads=heads, topk=2048, dtype="bfloat16", **WIDE)
-    check(mla_sparse_decode, case, **options)
+    check(mla_sparse_decode, case, backend=backend, **options)
 
 
-def test_prefill_of_many_queries(rng):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_of_many_queries(rng, backend):
     """More queries than a plan compares with each other."""
     counts = rng.integers(0, 129, 1500).tolist()
-    check(mla_sparse_prefill, make_lists(rng, counts, heads=16, dtype="bfloat16", **WIDE))
+    case = make_lists(rng, counts, heads=16, dtype="bfloat16", **WIDE)
+    check(mla_sparse_prefill, case, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["slot", "tensor"])
 @pytest.mark.parametrize("heads", [16, 128])
-def test_fp8_cache(rng, heads, layout):
+def test_fp8_cache(rng, heads, layout, backend):
     case = make_lists(rng, COUNTS, heads=heads, topk=2048, dtype="bfloat16", **WIDE)
     stored, scales, exact = in_fp8(case, layout)
-    check(mla_sparse_decode, stored, exact, kv_scales=scales)
+    check(mla_sparse_decode, stored, exact, backend=backend, kv_scales=scales)
 
 
 @pytest.mark.parametrize("heads", [16, 128])

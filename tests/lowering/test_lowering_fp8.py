@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from interpreted import needs_mosaic_gpu
 from jax import ShapeDtypeStruct as Shape
-from lowered import kernels, paged_shapes
+from lowered import MOSAIC_CALL, cuda, kernels, paged_shapes
 
 from mla_jax import Decoder, ModelConfig, PagedLatentCache, decode_step
 from mla_jax.config import MLAConfig
@@ -31,6 +32,23 @@ def test_paged(heads, scaled):
 
         shapes = (scales, q_nope, q_pe, Shape(ckv.shape, FP8), kpe, *requests)
         assert kernels(run, *shapes) == PAGED
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize(
+    ("heads", "page_size", "scaled"), [(16, 64, "slot"), (40, 1, "tensor_kpe")]
+)
+def test_mosaic(heads, page_size, scaled):
+    """Pages of any size: a tile's rows are gathered."""
+    q_nope, q_pe, ckv, kpe, *requests = paged_shapes(heads, page_size, 1)
+    scales = Shape((*ckv.shape[:2], 4) if scaled == "slot" else (), jnp.float32)
+    kpe = Shape(kpe.shape, FP8 if scaled == "tensor_kpe" else kpe.dtype)
+
+    def run(scales, *args):
+        return paged_decode(*args, sm_scale=0.07, kv_scales=scales, backend="mosaic_gpu")
+
+    shapes = (scales, q_nope, q_pe, Shape(ckv.shape, FP8), kpe, *requests)
+    assert len(MOSAIC_CALL.findall(cuda(run, *shapes))) == 2
 
 
 def test_decode_step():

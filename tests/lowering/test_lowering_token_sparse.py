@@ -2,8 +2,9 @@
 
 import jax.numpy as jnp
 import pytest
+from interpreted import needs_mosaic_gpu
 from jax import ShapeDtypeStruct as Shape
-from lowered import kernels
+from lowered import MOSAIC_CALL, cuda, kernels
 
 from pallas_kernels.token_sparse import token_sparse
 
@@ -46,6 +47,18 @@ def test_widths(latent, rope):
 )
 def test_options(options, launched):
     assert lowered(*shapes(8, 128, 2048), **options) == SPLIT[:launched]
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize(("heads", "cache"), [(16, None), (128, "slot")])
+def test_mosaic(heads, cache):
+    scales = Shape((1000, 64, 4), jnp.float32) if cache else None
+
+    def run(scales, *args):
+        return token_sparse(*args, sm_scale=0.07, kv_scales=scales, backend="mosaic_gpu")
+
+    text = cuda(run, scales, *shapes(256, heads, 2048, cache=cache))
+    assert len(MOSAIC_CALL.findall(text)) == 2
 
 
 @pytest.mark.parametrize("heads", [16, 128])

@@ -266,7 +266,7 @@ def test_a_missing_matplotlib_names_the_extra(tiny_run, monkeypatch):
 
 
 def test_plot_shows_every_shape_and_contender(tmp_path):
-    pytest.importorskip("matplotlib")
+    plt = pytest.importorskip("matplotlib.pyplot")
     rows = [
         {"shape": shape, "peer": peer, "ours_us": 10.0, "peer_us": micros, "times_floor": 2.0}
         for shape, peer, micros in (
@@ -283,3 +283,9 @@ def test_plot_shows_every_shape_and_contender(tmp_path):
         assert f">{words}<" in text
     for micros in ("10 µs", "12.5 µs", "4,322 µs", "7.25 µs"):
         assert micros in text
+
+    plot.draw(results.document(rows), path.with_suffix(".png"))
+    picture = plt.imread(path.with_suffix(".png"))
+    colours = {tuple(colour) for colour in (picture[..., :3] * 255).round().reshape(-1, 3)}
+    bars = [plot.COLOURS[name] for name in ("ours", "flash-mla", "xla", "page 64")]
+    assert {tuple(bytes.fromhex(bar[1:])) for bar in bars} <= colours

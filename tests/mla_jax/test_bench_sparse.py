@@ -83,7 +83,7 @@ def test_command_writes_its_rows(tiny_run, tmp_path):
     ("argv", "words"),
     [
         (["--shapes", "tiny,huge"], "shapes: got 'huge', expected all or some of tiny"),
-        (["--backend", "mosaic_gpu"], "backend 'mosaic_gpu' has no token_sparse"),
+        (["--backend", "megakernel"], "backend 'megakernel' has no token_sparse"),
         (["--json", "/no/such/folder/x.json"], "json: /no/such/folder is not a folder"),
     ],
 )

@@ -1,13 +1,16 @@
 """Paged cases over a float8_e4m3fn cache, and what the numbers in it stand for."""
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from oracles import PagedCase, float64, make_paged, paged_attention
+from token_lists import ListCase
 
 FP8 = "float8_e4m3fn"
+Case = TypeVar("Case", PagedCase, ListCase)
 KINDS = ("slot", "tensor", "tensor_kpe", "one")
 """Scales of slots and columns; one for the latents, or for both pools; none, which is 1."""
 
@@ -20,9 +23,23 @@ class Fp8Case:
     kv_scales: jax.Array | None
     exact: PagedCase
 
-    def want(self, sm_scale: float) -> tuple[np.ndarray, np.ndarray]:
-        """(out, lse) of attention over the exact numbers."""
-        return paged_attention(self.exact, sm_scale)
+    def want(self, sm_scale: float, backend: str = "reference") -> tuple[np.ndarray, np.ndarray]:
+        """(out, lse) of attention over the numbers that `backend` has."""
+        exact = as_operands(self.exact) if backend == "mosaic_gpu" else self.exact
+        return paged_attention(exact, sm_scale)
+
+
+def as_operands(exact: Case) -> Case:
+    """The case with pools of NumPy's float64 rounded to the queries' dtype.
+
+    So they are for the tensor cores, whose other operand is of that dtype.
+    """
+    dtype = exact.q_nope.dtype
+    pools = {
+        name: float64(np.asarray(getattr(exact, name)).astype(np.float32).astype(dtype))
+        for name in ("ckv_cache", "kpe_cache")
+    }
+    return dataclasses.replace(exact, **pools)
 
 
 def make_fp8(rng: np.random.Generator, kind: str, *, dtype: str = "float32", **sizes) -> Fp8Case:

@@ -214,7 +214,10 @@ REFUSED_TYPES = [
     ({"q_pe": jnp.ones((2, 2, 16), "bfloat16")}, "q_pe: got dtype bfloat16, expected float32"),
 ]
 NOT_IMPLEMENTED = [
-    ({"backend": "mosaic_gpu"}, "backend 'mosaic_gpu' has no token_sparse: it has triton, ref"),
+    (
+        {"backend": "mosaic_gpu", "q_pe": jnp.ones((2, 2, 0)), "kpe_cache": jnp.ones((2, 16, 0))},
+        "backend 'mosaic_gpu' cannot run this token_sparse: there are no rope columns, with which",
+    ),
     (
         {
             "backend": "triton",
