@@ -83,7 +83,11 @@ def draw_sharded(document: dict[str, Any], path: Path) -> None:
     plt = import_module("matplotlib.pyplot")
     sums = [row for row in document["rows"] if row["op"] == "all_reduce"]
     bars = [
-        (f"{row['op'].removeprefix('sharded_')}, {row['shape']}", row["ratio"], row.get("bar"))
+        (
+            f"{row['op'].removeprefix('sharded_')}, {row['shape']}\nbeside {row['peer']}",
+            row["ratio"],
+            row.get("bar"),
+        )
         for row in document["rows"]
         if "ratio" in row
     ] + [
@@ -93,7 +97,7 @@ def draw_sharded(document: dict[str, Any], path: Path) -> None:
     ]
     with plt.rc_context(SETTINGS | {"svg.hashsalt": "sharded"}):
         figure, (left, right) = plt.subplots(
-            1, 2, figsize=(10, max(3.0, 0.3 * len(bars) + 1)), layout="constrained"
+            1, 2, figsize=(10, max(3.0, 0.4 * len(bars) + 1)), layout="constrained"
         )
         left.loglog(
             [row["bytes"] for row in sums],
