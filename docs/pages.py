@@ -13,6 +13,8 @@ import pallas_kernels
 from mla_jax.bench import report
 from mla_jax.cli.doctor import diagnose
 from mla_jax.config import presets
+from mla_jax.sharding.estimate import Machine, Step, rank_meshes
+from mla_jax.sharding.plan import Link
 from pallas_kernels import paged_decode
 from pallas_kernels.backend import KNOWN, Backend, explain
 from pallas_kernels.device import Device
@@ -21,6 +23,13 @@ from pallas_kernels.paged_attention import PagedProblem
 CPU = Device(platform="cpu", kind="cpu", num_cores=None)
 A100 = Device(platform="gpu", kind="NVIDIA A100-SXM4-80GB", num_cores=108)
 H200 = Device(platform="gpu", kind="NVIDIA H200", num_cores=132)
+
+# NVLink 4: 900 GB/s, both directions together. Nobody states a message's latency: assumed.
+VENDORS_LINK = Link(gb_per_s=450, latency_us=10)
+NETWORK = Link(gb_per_s=50, latency_us=20)
+MEMORY_GB, USABLE = 141, 0.9
+GPUS = (8, 16, 64, 992, 1000)
+ROWS_A_GPU, CACHED = (1, 2, 4, 8, 16, 32, 64, 128), 4096
 
 
 def operations() -> Iterator[tuple[str, Sequence[Backend]]]:
@@ -109,8 +118,101 @@ def performance() -> str:
     return "\n".join(report.markdown(name, report.read(name)) for name in report.names())
 
 
+def measured_link() -> tuple[Link, str] | None:
+    """The link of the largest mesh that results have, and their file's name."""
+    documents = {name: report.read(name) for name in report.names()}
+    found = {name: each for name, each in documents.items() if "link" in each}
+    if not found:
+        return None
+    name = max(found, key=lambda name: found[name]["devices"])
+    return Link(**found[name]["link"]), name
+
+
+def machine() -> tuple[Machine, list[str]]:
+    """An H200 with its links, and where each of these numbers comes from."""
+    rates = report.read("paged_decode_h200")["ceilings"]
+    measured = measured_link()
+    link, source = measured or (VENDORS_LINK, "")
+    speed = f"{link.gb_per_s:,.0f} GB/s a direction and {link.latency_us:,.1f} µs a message"
+    one = Machine(
+        memory_gb=MEMORY_GB * USABLE,
+        bandwidth_gb_s=rates["bandwidth_gb_s"],
+        tflop_s=rates["matmul_tflop_s"],
+        link=link,
+        network=NETWORK,
+    )
+    return one, [
+        f"memory {one.bandwidth_gb_s:,.0f} GB/s and products {one.tflop_s:,.0f} TFLOP/s: measured "
+        "(`paged_decode_h200`);",
+        f"link within a node of {one.node}: {speed}, "
+        + (f"measured (`{source}`);" if measured else "NVIDIA's figure and an assumption;"),
+        f"network between nodes: {NETWORK.gb_per_s:,.0f} GB/s a direction for each GPU and "
+        f"{NETWORK.latency_us:,.0f} µs, the figure of a 400 Gb/s adapter and an assumption;",
+        f"{USABLE:.0%} of the {MEMORY_GB} GB that NVIDIA states can be used: an assumption.",
+    ]
+
+
+def best_step(one: Machine, devices: int, fp8: bool) -> Step:
+    """DeepSeek-V3's mesh and batch of most tokens a second; of the least memory if none fits."""
+    steps = [
+        step
+        for rows in ROWS_A_GPU
+        for step in rank_meshes(
+            presets["deepseek-v3"],
+            one,
+            devices=devices,
+            batch=rows * devices,
+            tokens=CACHED,
+            dtype="fp8" if fp8 else None,
+        )
+    ]
+    fitting = [step for step in steps if step.fits]
+    if fitting:
+        return max(fitting, key=lambda step: step.tokens_per_s)
+    return min(steps, key=lambda step: step.device_bytes)
+
+
+def mesh_row(one: Machine, devices: int, fp8: bool) -> tuple[str, ...]:
+    """The best step of so many devices; or how far the smallest is from fitting."""
+    best = best_step(one, devices, fp8)
+    sizes = {"data": best.data, "context": best.context, "model": best.model}
+    mesh = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+    held = f"{best.plan.weight_bytes / 1e9:.0f} + {best.plan.cache_bytes / 1e9:.0f}"
+    label = f"{devices:,}, {'FP8' if fp8 else 'bfloat16'}"
+    if not best.fits:
+        return (label, f"none fits; least: {mesh}", f"{best.batch:,}", held, *("–",) * 7)
+    arithmetic = best.product_seconds + best.attention_seconds
+    parts = (best.weight_seconds, best.cache_seconds, arithmetic, best.message_seconds)
+    times = (f"{seconds * 1e3:.1f}" for seconds in (*parts, best.seconds))
+    speed = f"{best.tokens_per_s:,.0f}"
+    return (label, mesh, f"{best.batch:,}", held, *times, best.bound, speed)
+
+
+def meshes_table(one: Machine) -> report.Table:
+    """DeepSeek-V3 by number of GPUs and format of the weights."""
+    columns = ("GPUs, weights", "mesh", "requests", "GB a GPU, weights + cache", "weights, ms")
+    columns += ("cache, ms", "arithmetic, ms", "messages, ms", "step, ms", "bound by", "tokens/s")
+    every = [mesh_row(one, devices, fp8) for devices in GPUS for fp8 in (False, True)]
+    return report.Table(columns=columns, rows=tuple(every))
+
+
+def meshes() -> str:
+    """DeepSeek-V3 on paper, with what it was computed from."""
+    one, sources = machine()
+    parts = [
+        f"DeepSeek-V3 (671 billion parameters) on H200, {CACHED:,} cached tokens a request: of all "
+        f"meshes that fit, with {ROWS_A_GPU[0]} to {ROWS_A_GPU[-1]} requests a GPU in powers of "
+        "two, the one of most tokens a second. Computed by `mla_jax.sharding.estimate`, not "
+        "measured: real kernels take longer.",
+        meshes_table(one).markdown(),
+        "From:",
+        "\n".join(f"- {source}" for source in sources),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def write(folder: Path) -> None:
     """The pages' texts, for MyST to include."""
     folder.mkdir(exist_ok=True)
-    for make in (support, performance):
+    for make in (support, performance, meshes):
         (folder / f"{make.__name__}.md").write_text(make())

@@ -1,4 +1,4 @@
-"""A picture of paged decode's results: how near each shape comes to its floor, and its peers."""
+"""Pictures of results: paged decode beside its floor and its peers, many devices beside one."""
 
 from importlib import import_module
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 # Okabe and Ito's colours, told apart without colour vision; lightness differs too.
 COLOURS = {"ours": "#0072B2", "flash-mla": "#E69F00", "page 64": "#56B4E9", "xla": "#999999"}
 FORMATS = (".svg", ".png")
+SETTINGS = {"svg.fonttype": "none", "font.size": 8}
 BAR, GAP = 0.13, 0.13  # inches: a bar's height, and the space between shapes
 
 
@@ -36,8 +37,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         groups.setdefault(row["shape"], {"ours": row["ours_us"]})[row["peer"]] = row["peer_us"]
         floors.setdefault(row["shape"], row["ours_us"] / row["times_floor"])
 
-    settings = {"svg.hashsalt": "paged", "svg.fonttype": "none", "font.size": 8}
-    with plt.rc_context(settings):
+    with plt.rc_context(SETTINGS | {"svg.hashsalt": "paged"}):
         bars = sum(map(len, groups.values()))
         height = BAR * bars + GAP * len(groups)
         figure, axes = plt.subplots(figsize=(7, height + 1), layout="constrained")
@@ -68,6 +68,60 @@ def draw(document: dict[str, Any], path: Path) -> None:
         )
         axes.spines[["top", "right"]].set_visible(False)
         # An SVG holds the date if it is not told otherwise, a PNG does not.
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(path, metadata=metadata, dpi=200)
+        plt.close(figure)
+
+
+def draw_sharded(document: dict[str, Any], path: Path) -> None:
+    """The sum over devices by its size, and every ratio beside its bar: SVG or PNG.
+
+    document: the content of a results file of `bench sharded`. Errors: `check`'s.
+    """
+    check(path)
+    import_module("matplotlib").use("agg")
+    plt = import_module("matplotlib.pyplot")
+    sums = [row for row in document["rows"] if row["op"] == "all_reduce"]
+    bars = [
+        (
+            f"{row['op'].removeprefix('sharded_')}, {row['shape']}\nbeside {row['peer']}",
+            row["ratio"],
+            row.get("bar"),
+        )
+        for row in document["rows"]
+        if "ratio" in row
+    ] + [
+        (f"step, {row['shape']}, {row['mesh']}", row["speedup"], None)
+        for row in document["rows"]
+        if row["op"] == "sharded_step" and row["devices"] > 1
+    ]
+    with plt.rc_context(SETTINGS | {"svg.hashsalt": "sharded"}):
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(10, max(3.0, 0.4 * len(bars) + 1)), layout="constrained"
+        )
+        left.loglog(
+            [row["bytes"] for row in sums],
+            [row["ours_us"] for row in sums],
+            "o-",
+            color=COLOURS["ours"],
+        )
+        for row in sums:
+            if "bar_us" in row:
+                left.plot(row["bytes"], row["bar_us"], "_", color="black")
+        left.set_xlabel("bytes summed")
+        left.set_ylabel("µs (dashes: at most)")
+        left.set_title("Sum over devices")
+        for place, (_, ratio, bar) in enumerate(bars):
+            right.barh(place, ratio, height=0.6, color=COLOURS["ours"])
+            right.text(ratio, place, f" {ratio:.2f}", va="center", fontsize=6)
+            if bar is not None:
+                right.plot([bar, bar], [place - 0.4, place + 0.4], color="black")
+        right.set_yticks(range(len(bars)), [name for name, *_ in bars])
+        right.invert_yaxis()
+        right.set_xlabel("one device's time over that of all (line: at least)")
+        right.set_title(f"{document['devices']} × {document['device']}")
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, metadata=metadata, dpi=200)
         plt.close(figure)

@@ -193,6 +193,51 @@ def _prefill(rows: Sequence[Row]) -> list[Table]:
     return [Table(columns=columns, rows=tuple(cells))] if cells else []
 
 
+def _all_reduce(rows: Sequence[Row]) -> list[Table]:
+    cells = []
+    for row in rows:
+        count, dim = row["shape"].split("x")
+        bar = f"{row['bar_us']:.0f}" if "bar_us" in row else "–"
+        micros, speed = f"{row['ours_us']:,.1f}", f"{row['gb_s']:,.1f}"
+        cells.append((f"{int(count):,} × {int(dim):,}", str(row["devices"]), micros, bar, speed))
+    columns = ("summed", "devices", "µs", "at most, µs", "GB/s a device")
+    return [Table(columns=columns, rows=tuple(cells))]
+
+
+def _sharded(rows: Sequence[Row]) -> list[Table]:
+    """Many devices beside one: a row a peer."""
+    cells = tuple(
+        (
+            f"{paged_label(row['shape'])}, {row['mesh']}, beside {row['peer']}",
+            f"{row['ours_us']:,.1f}",
+            f"{row['peer_us']:,.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['bar']:.1f}" if "bar" in row else "–",
+            f"{row['times_floor']:.2f}",
+        )
+        for row in rows
+    )
+    first = "batch × heads, cached tokens"
+    columns = (first, "µs", "one device, µs", "ratio", "at least", "times the floor")
+    return [Table(columns=columns, rows=cells)]
+
+
+def _sharded_step(rows: Sequence[Row]) -> list[Table]:
+    cells = tuple(
+        (
+            f"{row['shape'].split('-')[0].removeprefix('B')}, {row['mesh']}",
+            f"{row['ms_a_step']:.2f}",
+            f"{row['tokens_s']:,.0f}",
+            f"{row['speedup']:.2f}",
+            f"{row['efficiency']:.2f}",
+            f"{row['times_floor']:.2f}",
+        )
+        for row in rows
+    )
+    columns = ("batch, mesh", "ms a step", "tokens/s", "speed-up", "a device", "times the floor")
+    return [Table(columns=columns, rows=cells)]
+
+
 def _any(rows: Sequence[Row]) -> list[Table]:
     """Every field but the op, as it is."""
     columns = tuple(field for field in dict.fromkeys(key for row in rows for key in row))
@@ -213,6 +258,9 @@ KINDS: tuple[tuple[str, str, Callable[[Sequence[Row]], list[Table]]], ...] = (
     ("paged_decode", "times_floor", _paged),
     ("decode_step", "ms_a_step", _decode_step),
     ("causal_prefill", "peer", _prefill),
+    ("all_reduce", "gb_s", _all_reduce),
+    *((f"sharded_{part}", "ratio", _sharded) for part in ("attention", "layer", "context")),
+    ("sharded_step", "efficiency", _sharded_step),
 )
 
 
@@ -235,14 +283,20 @@ def markdown(name: str, document: Document) -> str:
         f"{package} {version}" for package, version in document["versions"].items()
     )
     partial = "Interrupted: not all shapes were measured. " if document.get("partial") else ""
+    devices = f"{document.get('devices', 'one')} {document['device']}"
     parts = [
         f"## {name}",
-        f"{partial}`{document['command']}` on one {document['device']}; {versions}; commit "
+        f"{partial}`{document['command']}` on {devices}; {versions}; commit "
         f"`{document['commit'][:12]}`.",
     ]
     if ceilings := document.get("ceilings"):
         rates = (f"{name} {value:,.1f}" for name, value in ceilings.items())
         parts.append(f"Rates of plain operations in the same run: {', '.join(rates)}.")
+    if link := document.get("link"):
+        parts.append(
+            f"The link in the same run: {link['gb_per_s']:,.1f} GB/s a device in one direction, "
+            f"{link['latency_us']:,.1f} µs a message."
+        )
     for op, made in tables(document).items():
         parts += [f"### {op}", *(table.markdown() for table in made)]
     for peer, mean in document.get("geometric_means", {}).items():

@@ -1,6 +1,7 @@
 """`mla-jax bench`: measure on the present device, and write a results file."""
 
 import argparse
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,13 @@ of `mla-jax tune megakernel` where it has run, and over_makespan the measured ti
 FP8 = """\
 Times paged decode attention over float8_e4m3fn caches, of 656 bytes a token (layout slot) and 576
 (tensor), beside ours and FlashMLA's over the same tokens in bfloat16; as `bench paged`."""
+
+
+SHARDED = """\
+Times many devices beside one (the greatest power of two of those here): the sum over all of them by
+its size; DeepSeek-V3's attention with its heads over all devices beside a device's share alone, and
+a layer of it, sums included; one request's attention over a cache that all devices share; decode
+steps of DeepSeek-V2-Lite with random weights on 1, 2, 4 … devices."""
 
 
 def positive_integers(text: str) -> list[int]:
@@ -83,9 +91,6 @@ def add_parser(subparsers) -> None:
         help="time the mode whose results do not depend on the rest of the batch",
     )
     paged.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the results here, .svg or .png"
-    )
-    paged.add_argument(
         "--profile",
         type=Path,
         metavar="FOLDER",
@@ -125,6 +130,20 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     megakernel.set_defaults(run=run_megakernel)
+    sharded = kinds.add_parser(
+        "sharded",
+        help="many devices beside one, and the link between them",
+        description=SHARDED,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sharded.add_argument(
+        "--only", type=names, metavar="NAME,…", help="some of link, heads, context, steps"
+    )
+    sharded.set_defaults(run=run_sharded)
+    for kind in (paged, sharded):
+        kind.add_argument(
+            "--plot", type=Path, metavar="FILE", help="draw the results here, .svg or .png"
+        )
     report = kinds.add_parser(
         "report", help="the tables of results files as Markdown, or those of a document anew"
     )
@@ -155,13 +174,21 @@ def add_parser(subparsers) -> None:
             help=f"by name, such as {example} (default: all; a wrong name lists them)",
         )
         kind.add_argument("--backend", metavar="NAME", help="of ours (default: fastest)")
-    for kind in (step, paged, prefill, sparse, fp8, schedules, megakernel):
+    for kind in (step, paged, prefill, sparse, fp8, schedules, megakernel, sharded):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
 
 
 def _check_folder(name: str, path: Path | None) -> None:
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"{name}: {path.parent} is not a folder")
+
+
+def _check_plot(path: Path | None) -> None:
+    from mla_jax.bench import plot
+
+    _check_folder("plot", path)
+    if path is not None:
+        plot.check(path)
 
 
 def _line(row: dict) -> str:
@@ -270,9 +297,7 @@ def run_paged(args: argparse.Namespace) -> int:
     for shape in shapes:
         paged.backend_for(shape, args.backend)
     _check_folder("json", args.json)
-    if args.plot is not None:
-        _check_folder("plot", args.plot)
-        plot.check(args.plot)
+    _check_plot(args.plot)
 
     ceilings = timing.measure_ceilings()
     options = {"backend": args.backend, "deterministic": args.deterministic}
@@ -289,6 +314,22 @@ def run_paged(args: argparse.Namespace) -> int:
         results.write(args.json, rows, ceilings=ceilings, geometric_means=means)
     if args.plot is not None:
         plot.draw(results.document(rows, ceilings=ceilings), args.plot)
+    return 0
+
+
+def run_sharded(args: argparse.Namespace) -> int:
+    from mla_jax.bench import plot, results, sharded
+
+    parts = sharded.find_parts(args.only)
+    sharded.usable_devices()
+    _check_folder("json", args.json)
+    _check_plot(args.plot)
+
+    count, rates, link = sharded.prepare()
+    measured: dict[str, Any] = {"devices": count, **dataclasses.asdict(rates)}
+    rows = _record(sharded.run(parts, count, rates, link), args.json, **measured)
+    if args.plot is not None:
+        plot.draw_sharded(results.document(rows, **measured), args.plot)
     return 0
 
 

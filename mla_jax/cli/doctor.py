@@ -33,6 +33,9 @@ def add_parser(subparsers) -> None:
     p.add_argument("--dtype", choices=("fp8",), help="weights that FP8 checkpoints have in FP8")
     p.add_argument("--link-gb-s", type=float, metavar="X", help="measured, one direction")
     p.add_argument("--link-us", type=float, metavar="X", help="measured latency of a small message")
+    p.add_argument("--bandwidth-gb-s", type=float, metavar="X", help="measured, of a device")
+    p.add_argument("--tflop-s", type=float, metavar="X", help="measured, of a device")
+    p.add_argument("--memory-gb", type=float, metavar="X", help="of a device; with the other four")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=run)
 
@@ -135,25 +138,45 @@ def diagnose(preset: str, page_size: int) -> dict:
 
 def plan(args: argparse.Namespace) -> dict:
     """What `doctor --plan` prints, as plain data."""
-    from mla_jax.sharding.plan import plan_decode
+    from mla_jax.sharding.estimate import Machine, estimate_step
+    from mla_jax.sharding.plan import Link, plan_decode
 
-    planned = plan_decode(
-        find_preset(args.preset),
-        batch=args.batch,
-        tokens=args.tokens,
-        page_size=args.page_size,
-        dtype=args.dtype,
-        **args.mesh,
-    )
+    config = find_preset(args.preset)
+    sizes = {"batch": args.batch, "tokens": args.tokens, "page_size": args.page_size, **args.mesh}
+    sizes["dtype"] = args.dtype
+    planned = plan_decode(config, **sizes)
     report = {"preset": args.preset, "mesh": args.mesh, **dataclasses.asdict(planned)}
-    links = {"--link-gb-s": args.link_gb_s, "--link-us": args.link_us}
-    missing = [name for name, value in links.items() if value is None]
-    if len(missing) == 1:
-        raise ValueError(f"{missing[0]}: got none, expected both numbers of the link or neither")
-    if not missing:
-        speed = {"gb_per_s": args.link_gb_s, "latency_us": args.link_us}
-        report["message_us"] = planned.message_seconds(**speed) * 1e6
+    links = _all_or_none(args, "link_gb_s", "link_us")
+    rates = _all_or_none(args, "bandwidth_gb_s", "tflop_s", "memory_gb")
+    if links is not None:
+        link = Link(gb_per_s=links["link_gb_s"], latency_us=links["link_us"])
+        report["message_us"] = planned.message_seconds(link) * 1e6
+        if rates is not None:
+            machine = Machine(
+                memory_gb=rates["memory_gb"],
+                bandwidth_gb_s=rates["bandwidth_gb_s"],
+                tflop_s=rates["tflop_s"],
+                link=link,
+            )
+            step = estimate_step(config, machine, **sizes)
+            report["parts_us"] = {part: seconds * 1e6 for part, seconds in step.parts.items()}
+            report |= {"step_us": step.seconds * 1e6, "bound": step.bound, "fits": step.fits}
+            report["tokens_per_s"] = step.tokens_per_s
+    elif rates is not None:
+        raise ValueError("--link-gb-s: got none, expected the link's numbers with the device's")
     return report
+
+
+def _all_or_none(args: argparse.Namespace, *names: str) -> dict[str, float] | None:
+    """These options' values. Errors: ValueError where only some are given."""
+    values = {name: getattr(args, name) for name in names}
+    missing = [f"--{name.replace('_', '-')}" for name, value in values.items() if value is None]
+    if len(missing) == len(names):
+        return None
+    if missing:
+        others = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise ValueError(f"{missing[0]}: got none, expected all of {others} or none")
+    return values
 
 
 def _print_plan(report: dict) -> None:
@@ -170,6 +193,13 @@ def _print_plan(report: dict) -> None:
         )
     if "message_us" in report:
         console.print(f"messages of a step: {report['message_us']:.1f} us on this link")
+    if "step_us" in report:
+        console.print(
+            f"at least {report['step_us']:.1f} us a step, {report['tokens_per_s']:,.0f} tokens/s, "
+            f"bound by {report['bound']}; {'fits' if report['fits'] else 'does not fit'}"
+        )
+        parts = report["parts_us"].items()
+        console.print("  ".join(f"{part} {micros:.1f} us" for part, micros in parts))
 
 
 def run(args: argparse.Namespace) -> int:

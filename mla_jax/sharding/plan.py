@@ -4,7 +4,9 @@ Nothing is allocated, so that meshes can be compared which are not there.
 """
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,23 @@ from mla_jax.config import ModelConfig
 from mla_jax.sharding.layout import check_cache, parameter_spec
 from mla_jax.sharding.mesh import CONTEXT_AXIS, DATA_AXIS, MODEL_AXIS, check_mesh
 from pallas_kernels.block_scaled import BlockScaled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Link:
+    """What a device sends in one direction, and the time of one message, however small.
+
+    Errors: ValueError for a speed that is not above 0 or a latency below 0.
+    """
+
+    gb_per_s: float
+    latency_us: float
+
+    def __post_init__(self) -> None:
+        if not self.gb_per_s > 0:
+            raise ValueError(f"gb_per_s: got {self.gb_per_s}, expected more than 0")
+        if not self.latency_us >= 0:
+            raise ValueError(f"latency_us: got {self.latency_us}, expected 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +52,15 @@ class Message:
             return 2 * (self.devices - 1) / self.devices * self.bytes
         return (self.devices - 1) * self.bytes
 
+    def seconds(self, link: Link) -> float:
+        """Time of all `count`, one after the other: count * (latency + bytes sent / speed).
+
+        >>> message = Message(kind="all-reduce", axis="model", devices=4, count=2, bytes=1000)
+        >>> round(message.seconds(Link(gb_per_s=1, latency_us=10)) * 1e6, 6)
+        23.0
+        """
+        return self.count * (link.latency_us * 1e-6 + self.sent() / (link.gb_per_s * 1e9))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -44,30 +72,14 @@ class Plan:
     logits_bytes: int
     messages: tuple[Message, ...]
 
-    def message_seconds(self, *, gb_per_s: float, latency_us: float) -> float:
-        """Time of a step's messages, one after the other, on links of this speed a direction.
-
-        count * (latency + bytes sent / speed), summed; latency is one message's, however small.
-        Errors: ValueError for a speed that is not above 0 or a latency below 0.
-
-        >>> message = Message(kind="all-reduce", axis="model", devices=4, count=2, bytes=1000)
-        >>> plan = Plan(
-        ...     devices=4, weight_bytes=0, cache_bytes=0, logits_bytes=0, messages=(message,)
-        ... )
-        >>> round(plan.message_seconds(gb_per_s=1, latency_us=10) * 1e6, 6)
-        23.0
-        """
-        if not gb_per_s > 0:
-            raise ValueError(f"gb_per_s: got {gb_per_s}, expected more than 0")
-        if not latency_us >= 0:
-            raise ValueError(f"latency_us: got {latency_us}, expected 0 or more")
-        return sum(
-            m.count * (latency_us * 1e-6 + m.sent() / (gb_per_s * 1e9)) for m in self.messages
-        )
+    def message_seconds(self, link: Link) -> float:
+        """Time of a step's messages, one after the other, all on links like this one."""
+        return sum(message.seconds(link) for message in self.messages)
 
 
-def weight_bytes(config: ModelConfig, mesh: AbstractMesh, *, dtype: str | None = None) -> int:
-    """Bytes of the parameters that lie on each device.
+@functools.cache
+def parameters(config: ModelConfig, dtype: str | None = None) -> dict[Any, nnx.Variable]:
+    """The decoder's parameters by their paths, as shapes, with the layout that each asks for.
 
     dtype "fp8": the matrices that DeepSeek's checkpoints store as FP8 are, in blocks of 128 x 128.
     """
@@ -77,15 +89,27 @@ def weight_bytes(config: ModelConfig, mesh: AbstractMesh, *, dtype: str | None =
     if dtype not in (None, "fp8"):
         raise ValueError(f"dtype: got {dtype!r}, expected None or 'fp8'")
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    total = 0
-    for _, parameter in nnx.to_flat_state(nnx.state(model)):
+    found = dict(nnx.to_flat_state(nnx.state(model)))
+    for parameter in found.values():
         if dtype == "fp8" and isinstance(parameter, Weight):
             parameter.set_value(BlockScaled.of_shape(parameter.shape))
-        sharding = NamedSharding(mesh, parameter_spec(parameter, mesh))
-        for array in jax.tree.leaves(parameter.get_value()):
-            size = math.prod(sharding.shard_shape(array.shape))
-            total += size * jnp.dtype(array.dtype).itemsize
-    return total
+    return found
+
+
+def bytes_a_device(parameter: nnx.Variable, mesh: AbstractMesh) -> int:
+    """How many of a parameter's bytes lie on each device."""
+    sharding = NamedSharding(mesh, parameter_spec(parameter, mesh))
+    return sum(
+        math.prod(sharding.shard_shape(array.shape)) * jnp.dtype(array.dtype).itemsize
+        for array in jax.tree.leaves(parameter.get_value())
+    )
+
+
+@functools.cache
+def weight_bytes(config: ModelConfig, model: int, dtype: str | None = None) -> int:
+    """Bytes of the parameters that lie on each device where `model` devices share them."""
+    mesh = AbstractMesh((model,), (MODEL_AXIS,))
+    return sum(bytes_a_device(each, mesh) for each in parameters(config, dtype).values())
 
 
 def plan_decode(
@@ -152,7 +176,7 @@ def plan_decode(
     )
     return Plan(
         devices=data * context * model,
-        weight_bytes=weight_bytes(config, mesh, dtype=dtype),
+        weight_bytes=weight_bytes(config, model, dtype),
         cache_bytes=pools + table,
         logits_bytes=rows * vocab * jnp.dtype(jnp.float32).itemsize,
         messages=tuple(message for message in messages if message.devices > 1),

@@ -1,6 +1,7 @@
 """Models, caches and meshes for the tests of sharding, on eight CPU devices."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import re
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
+from oracles import QUICK_COMPILE, float64
 
-from mla_jax import Decoder, PagedLatentCache, presets
-from mla_jax.sharding import make_mesh
+from mla_jax import Decoder, PagedLatentCache, decode_step, prefill, presets
+from mla_jax.sharding import make_mesh, shard_model
 
 TINY = presets["tiny"]
 assert TINY.moe is not None
@@ -20,6 +22,10 @@ assert TINY.moe is not None
 CONFIG = dataclasses.replace(
     TINY, n_layers=2, eos_ids=(), moe=dataclasses.replace(TINY.moe, n_routed=8, n_active=3)
 )
+# Every expert has a say: a choice between two that are nearly tied would be no rounding error.
+ALL_CHOSEN = dataclasses.replace(CONFIG, moe=dataclasses.replace(TINY.moe, n_routed=8, n_active=8))
+# Of a row's logits in bfloat16, as a share of their length; test_sharding_bfloat16 has the reason.
+UNITS, UNIT = {"mean": 5, "max": 9}, 2**-8
 AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
 SHAPES = [
     {"data": data, "model": model, "context": 8 // data // model}
@@ -75,3 +81,64 @@ def collectives(program: str | None) -> dict[str, int]:
 def mesh_of(shape: dict[str, int], axis_type: AxisType = AxisType.Auto) -> Mesh:
     data, model, context = (shape.get(axis, 1) for axis in ("data", "model", "context"))
     return make_mesh(data=data, model=model, context=context, axis_type=axis_type)
+
+
+def logits_on(
+    mesh: Mesh | None,
+    model: Decoder,
+    tokens: np.ndarray,
+    *,
+    prompt: int,
+    page: int = PAGE,
+    step_backend: str | None = None,
+    **kernel,
+) -> np.ndarray:
+    """After tokens[:, :prompt] and after each step: [1 + steps, batch, vocab] in float64.
+
+    kernel: options of both functions; step_backend: the steps' own. The caches are donated, and
+    appended to in place.
+    """
+    batch, total = tokens.shape
+    per_row = -(-total // page)
+    # As many pages as any of these meshes divides.
+    num_pages = batch * per_row * 8
+    cache = PagedLatentCache.create(
+        model.config,
+        num_pages=num_pages,
+        page_size=page,
+        max_batch=batch,
+        max_pages=per_row,
+        mesh=mesh,
+    )
+    groups = 1 if mesh is None else mesh.shape["data"]
+    table = np.arange(batch * per_row, dtype=np.int32).reshape(batch, per_row)
+    table %= per_row * (batch // groups)
+    place = None if mesh is None else cache.lengths.sharding
+    cache = cache.with_rows(jax.device_put(table, place), cache.lengths)
+    fill, step = (
+        jax.jit(
+            functools.partial(function, **options),
+            donate_argnums=2,
+            compiler_options=QUICK_COMPILE if jax.default_backend() == "cpu" else None,
+        )
+        for function, options in (
+            (prefill, kernel),
+            (decode_step, kernel | ({"backend": step_backend} if step_backend else {})),
+        )
+    )
+    if mesh is not None:
+        model = shard_model(model, mesh)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        logits, cache = fill(model, jax.device_put(tokens[:, :prompt], place), cache)
+        found = [float64(logits)]
+        for token in tokens[:, prompt:].T:
+            before = cache
+            logits, cache = step(model, jax.device_put(token, place), before)
+            assert all(pool.is_deleted() for pool in (*before.ckv, *before.kpe))
+            found.append(float64(logits))
+    return np.stack(found)
+
+
+def units(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """Each row's distance as a share of its length."""
+    return np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1) / UNIT

@@ -39,11 +39,12 @@ def test_greedy_equals_the_model_without_a_cache(model, rng):
         assert agree.mean() > 0.95
 
 
-def test_a_prompt_that_nearly_fills_its_pages(model, rng):
-    """80 tokens of room: the next power of two is more than the cache could take at once."""
-    prompt = rng.integers(0, 256, 70).tolist()
-    [made] = generate(model, [prompt], max_new_tokens=1, page_size=16)
-    assert made == greedy_by_whole_sequences(model, prompt, made).tolist()
+@pytest.mark.parametrize(("prompt", "page_size"), [(9, 4), (1, 1)])
+def test_a_cache_of_just_the_tokens(model, rng, prompt, page_size):
+    """Fewer slots than the power of two of a prefill chunk."""
+    prompts = [rng.integers(0, 256, prompt).tolist()]
+    roomy = generate(model, prompts, max_new_tokens=2, page_size=64)
+    assert generate(model, prompts, max_new_tokens=2, page_size=page_size) == roomy
 
 
 def test_rows_do_not_see_each_other(model, rng):

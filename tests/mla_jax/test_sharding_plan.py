@@ -12,8 +12,9 @@ from test_cli import run
 
 from mla_jax import PagedLatentCache, decode_step, presets
 from mla_jax.sharding import shard_model
-from mla_jax.sharding.plan import Message, plan_decode
+from mla_jax.sharding.plan import Link, Message, plan_decode
 
+LINK = ("--link-gb-s", "300", "--link-us", "10")
 ITEM = {"f32": 4, "u32": 4, "bf16": 2, "u16": 2}
 
 
@@ -118,11 +119,11 @@ def test_the_time_of_messages():
     assert reduce.sent() == reduce.bytes
     assert gather.sent() == 3 * gather.bytes
     expected = sum(m.count * (5e-6 + m.sent() / 50e9) for m in plan.messages)
-    assert plan.message_seconds(gb_per_s=50, latency_us=5) == pytest.approx(expected)
+    assert plan.message_seconds(Link(gb_per_s=50, latency_us=5)) == pytest.approx(expected)
     with pytest.raises(ValueError, match=r"^gb_per_s: got 0, expected more than 0$"):
-        plan.message_seconds(gb_per_s=0, latency_us=5)
+        Link(gb_per_s=0, latency_us=5)
     with pytest.raises(ValueError, match=r"^latency_us: got -1, expected 0 or more$"):
-        plan.message_seconds(gb_per_s=1, latency_us=-1)
+        Link(gb_per_s=1, latency_us=-1)
 
 
 def test_the_command_line(capsys):
@@ -132,13 +133,22 @@ def test_the_command_line(capsys):
     assert status == 0
     assert "deepseek-v3 on 64 devices: data=4 model=16" in out
     assert "all-reduce over model: 122 a step, 458.8 kB each" in out
-    link = ("--link-gb-s", "300", "--link-us", "10")
-    status, out, _ = run(capsys, *command, *mesh, *link, "--json")
+    status, out, _ = run(capsys, *command, *mesh, *LINK, "--json")
     assert status == 0
     report = json.loads(out)
     sent = 2 * 15 / 16 * 32 * 7168 * 2
     assert report["message_us"] == pytest.approx(122 * (10 + sent / 300e3))
     assert report["messages"][0]["devices"] == 16
+    assert "step_us" not in report
+    rates = ("--bandwidth-gb-s", "4000", "--tflop-s", "700", "--memory-gb", "141")
+    status, out, _ = run(capsys, *command, *mesh, *LINK, *rates, "--json")
+    assert status == 0
+    timed = json.loads(out)
+    assert timed["bound"] == "weights"
+    assert timed["step_us"] > timed["message_us"] + timed["parts_us"]["weights"]
+    status, out, _ = run(capsys, *command, *mesh, *LINK, *rates)
+    assert f"at least {timed['step_us']:.1f} us a step" in out
+    assert "bound by weights; fits" in out
 
 
 @pytest.mark.parametrize(
@@ -156,7 +166,22 @@ def test_the_command_line(capsys):
             ("--preset", "deepseek-v3.2", "--mesh", "context=2"),
             "mesh: got context=2, expected 1 for a model with an indexer",
         ),
-        (("--link-us", "3"), "--link-gb-s: got none, expected both numbers of the link or neither"),
+        (
+            ("--link-us", "3"),
+            "--link-gb-s: got none, expected all of --link-gb-s, --link-us or none",
+        ),
+        (
+            ("--memory-gb", "3"),
+            "--bandwidth-gb-s: got none, expected all of --bandwidth-gb-s, --tflop-s, --memory-gb",
+        ),
+        (
+            ("--memory-gb", "3", "--bandwidth-gb-s", "1", "--tflop-s", "1"),
+            "--link-gb-s: got none, expected the link's numbers with the device's",
+        ),
+        (
+            (*("--memory-gb", "3", "--bandwidth-gb-s", "0", "--tflop-s", "1"), *LINK),
+            "bandwidth_gb_s: got 0.0, expected more than 0",
+        ),
     ],
 )
 def test_refusals(capsys, arguments, message):
