@@ -148,8 +148,13 @@ def estimate_step(
     width = mla.kv_lora_rank + mla.qk_rope_head_dim
     pages = math.ceil(math.ceil(tokens / page_size) / context)  # the fullest device's
     keys = rows * min(tokens, pages * page_size) * config.n_layers
-    cached = keys * width * jnp.dtype(config.dtype).itemsize
-    attention = 2 * keys * mla.n_heads // model * (width + mla.kv_lora_rank)
+    index_bytes = index_products = 0
+    if mla.index_n_heads:  # it reads and scores every key, whole on every device; attention few
+        index_bytes = keys * (mla.index_head_dim + 4)
+        index_products = 2 * keys * mla.index_n_heads * mla.index_head_dim
+        keys = rows * min(tokens, mla.index_topk) * config.n_layers
+    cached = keys * width * jnp.dtype(config.dtype).itemsize + index_bytes
+    attention = 2 * keys * mla.n_heads // model * (width + mla.kv_lora_rank) + index_products
 
     bandwidth, rate = machine.bandwidth_gb_s * 1e9, machine.tflop_s * 1e12
     step = Step(
@@ -204,7 +209,7 @@ def rank_meshes(
         )
         for model in filter(lambda parts: _splits(config, parts, dtype), _divisors(devices))
         for data in _divisors(devices // model)
-        if batch % data == 0
+        if batch % data == 0 and (data * model == devices or not config.mla.index_n_heads)
     ]
     return sorted(steps, key=lambda step: (not step.fits, step.seconds))
 

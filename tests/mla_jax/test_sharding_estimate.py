@@ -147,3 +147,15 @@ def test_refusals(change, message):
         rank_meshes(V3, H200, **{"devices": 2, "batch": 2, "tokens": 2, **change})
     with pytest.raises(ValueError, match=r"^tflop_s: got 0, expected more than 0$"):
         dataclasses.replace(H200, tflop_s=0)
+
+
+def test_an_indexer():
+    """Of 4,096 tokens every key of 132 bytes is read and scored, and 2,048 latents attended to."""
+    config = presets["deepseek-v3.2"]
+    steps = rank_meshes(config, H200, devices=16, batch=32, tokens=4096)
+    assert {step.context for step in steps} == {1}
+    step = estimate_step(config, H200, batch=32, tokens=4096, model=16)
+    read = 32 * 61 * (4096 * 132 + 2048 * 576 * 2)
+    assert step.cache_seconds == pytest.approx(read / (H200.bandwidth_gb_s * 1e9))
+    products = 2 * 32 * 61 * (4096 * 64 * 128 + 2048 * 8 * (576 + 512))
+    assert step.attention_seconds == pytest.approx(products / (H200.tflop_s * 1e12))
