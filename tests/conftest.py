@@ -27,8 +27,31 @@ jax.config.update("jax_num_cpu_devices", 8)
 SEED = int(os.environ.setdefault("MLA_JAX_SEED", str(random.SystemRandom().randrange(2**31))))
 
 
-def pytest_report_header() -> str:
-    return f"MLA_JAX_SEED={SEED} (set it to repeat this run's random inputs)"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="of the tests that every version of jax can run, this share, drawn by the seed",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    share = float(config.getoption("--share", 1))
+    drawn = "" if share == 1 else f", a share of {share:g} of the tests"
+    return f"MLA_JAX_SEED={SEED} (set it to repeat this run's random inputs{drawn})"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps a share of the tests, and all that only some versions of jax can run."""
+    share = float(config.getoption("--share", 1))
+    if share == 1:
+        return
+    draw = random.Random(SEED)
+    kept = [item for item in items if item.get_closest_marker("skipif") or draw.random() < share]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture(scope="module", autouse=True)

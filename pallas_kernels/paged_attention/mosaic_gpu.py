@@ -201,10 +201,12 @@ def attend_pages_mosaic(
     cluster = {"cluster": (tiles.cluster,), "cluster_names": (CLUSTER,)}
     with_rope = (q_pe,) if rope else ()
     args = (q_nope, *with_rope, ckv_cache, *((kpe_cache,) if rope else ()))
-    by_slot = kv_scales is not None and kv_scales.ndim > 0
-    cache_scale = 1.0 if kv_scales is None or by_slot else kv_scales
+    slot_scales, cache_scale = (), 1.0
+    if kv_scales is not None and kv_scales.ndim > 0:
+        slot_scales = (kv_scales.reshape(-1),)
+    elif kv_scales is not None:
+        cache_scale = kv_scales
     numbers = jnp.stack([sm_scale, jnp.asarray(cache_scale, jnp.float32)])
-    slot_scales = (kv_scales.reshape(-1),) if by_slot else ()
     held = min(rows, ROWS)
     slot_rows = held if tiles.order == "twins" else ROWS * tiles.cluster
     run = plgpu.kernel(
@@ -216,7 +218,7 @@ def attend_pages_mosaic(
             tokens=tokens,
             rope=rope > 0,
             sparse=sparse,
-            slot_scales=by_slot,
+            slot_scales=bool(slot_scales),
             interpret=interpret,
         ),
         out_type=[

@@ -73,12 +73,11 @@ def test_a_mesh_that_does_not_divide_the_model(seed):
 def test_the_command_line(capsys):
     command = ("generate", "--json", "--ignore-eos", "--max-new-tokens", "20", "--prompt", "The")
     documents = []
-    for mesh in ((), ("--mesh", "data=2,model=4"), ("--mesh", "context=4")):
+    for mesh in ((), ("--mesh", "data=2,model=2,context=2")):
         status, out, _ = run(capsys, *command, *mesh)
         assert status == 0
         documents.append(json.loads(out)["sequences"])
     assert documents[1] == documents[0]
-    assert documents[2] == documents[0]
 
 
 @pytest.mark.parametrize(
