@@ -38,14 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    share = float(config.getoption("--share", 1))
+    share = float(config.option.share)
     drawn = "" if share == 1 else f", a share of {share:g} of the tests"
     return f"MLA_JAX_SEED={SEED} (set it to repeat this run's random inputs{drawn})"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps a share of the tests, and all that only some versions of jax can run."""
-    share = float(config.getoption("--share", 1))
+    share = float(config.option.share)
     if share == 1:
         return
     draw = random.Random(SEED)
