@@ -104,7 +104,8 @@ def rounded(dtype, *arrays):
 # ## `mla_paged_decode` and `mla_paged_prefill`
 #
 # Requests of no key, one, a full page and a page and a bit; their pages lie anywhere in a pool
-# whose unused slots are NaN, and two of them share a page.
+# whose unused slots are NaN, and two of them share a page. On the last page scores are large, so that
+# what was summed before it must be scaled down.
 
 # %%
 LATENT, ROPE, PAGE, HEADS = 512, 64, 64, 4
@@ -117,6 +118,7 @@ for listed, length in zip(pages, lengths, strict=True):
         pools[page, : min(length - i * PAGE, PAGE)] = normal(
             min(length - i * PAGE, PAGE), LATENT + ROPE
         )
+pools[4, :, LATENT:] *= 20
 kv_indptr = jnp.asarray(np.cumsum([0, *map(len, pages)]), jnp.int32)
 # The ids of nobody, behind the end, may be anything.
 kv_indices = jnp.asarray([*sum(pages, []), -5, 10**6], jnp.int32)
