@@ -46,7 +46,7 @@ def test_heads(devices):
     layer = dataclasses.replace(SIZES.layer, n_heads=heads)
     whole = lowered(programs.layer_by_heads, mesh, layer, SIZES.batch, SIZES.length)
     for text in (kernel, whole):
-        assert decode_kernels(text) >= 2
+        assert decode_kernels(text) >= 1  # in a function that every call of a chain shares
         assert bool(MOSAIC_CALL.search(text)) == MOSAIC_GPU
         # A device's own share, whichever mesh it is on.
         assert f"tensor<{SIZES.batch}x1x{heads // devices}x512xbf16>" in text
