@@ -104,8 +104,8 @@ def rounded(dtype, *arrays):
 # ## `mla_paged_decode` and `mla_paged_prefill`
 #
 # Requests of no key, one, a full page and a page and a bit; their pages lie anywhere in a pool
-# whose unused slots are NaN, and two of them share a page. On the last page scores are large, so that
-# what was summed before it must be scaled down.
+# whose unused slots are NaN, and two of them share a page. On the last page scores are large, so
+# that what was summed before it must be scaled down.
 
 # %%
 LATENT, ROPE, PAGE, HEADS = 512, 64, 64, 4

@@ -32,7 +32,7 @@ class MosaicTiles:
     """
 
     cluster: int
-    order: Literal["twins", "line", "seesaw"]
+    order: Literal["twins", "turns", "line", "seesaw"]
     ahead: int = 0
 
     @property
@@ -59,6 +59,7 @@ class Block:
         self.worker, self.block = worker, block
         latent = refs["ckv"].shape[-1]
         self.half, self.stripes = latent // 2, latent // STRIPE
+        self.takes_turns = tiles.order == "turns"
         self.axes = CLUSTER if tiles.cluster > 1 else None
 
     def __getattr__(self, name: str) -> Any:

@@ -3,7 +3,8 @@
 A worker is a thread block that holds up to 64 query rows, or a cluster of two such blocks, which
 receive every tile of keys by multicast. It does the segments that the plan gives it, one after the
 other. In a block, a producer warpgroup loads tiles of 64 keys, and the consumers share the work in
-one of three ways. In all, one sums the left half of the output's columns and one the right half.
+one of four ways. In all but the turns, one sums the left half of the output's columns and one the
+right half.
 
 The twins, for few rows: keys stand on the products' M, rows on their N, so that up to 32 rows cost
 what they are. Both score every tile, and nothing waits for the other. Tiles come in stripes of 128
@@ -11,6 +12,13 @@ columns, of which shared memory holds nearly three tiles'.
 
     consumer 0: scores 0 . softmax 0 . values 0 (left)  . scores 1 ...
     consumer 1: scores 0 . softmax 0 . values 0 (right) . scores 1 ...
+
+The turns, too: each scores every other tile and sums all of its columns; their sums are put
+together at a segment's end. Scores are made once, for twice the sums: up to 16 rows have room for
+those.
+
+    consumer 0: scores 0 . softmax 0 . values 0 . scores 2 ...
+    consumer 1: scores 1 . softmax 1 . values 1 . scores 3 ...
 
 In the other two 64 rows stand on M, and shared memory has room for two tiles. A half of a tile is
 loaded anew when the consumer of that half has used it, and the probabilities take the place of its
@@ -30,7 +38,7 @@ one waits for its softmax, the other keeps the tensor cores busy.
     consumer 1: scores 1 .             values 0 (right) | softmax 1  . values 1 (right)
 
 An e4m3 cache, or tokens that a list names one by one, come through the registers of a converter in
-the producer's place, beside twins or the seesaw.
+the producer's place, beside twins, turns or the seesaw.
 
 mosaic_producer.py or mosaic_converter.py, mosaic_twins.py, mosaic_scores.py with mosaic_values.py,
 and mosaic_seesaw.py hold the roles, mosaic_tile.py what the last two do with a tile.
@@ -70,7 +78,7 @@ from pallas_kernels.paged_attention.mosaic_values import sum_values
 
 __all__ = ["BOX", "KEYS", "ROWS", "MosaicTiles", "attend_pages_mosaic", "role_names"]
 
-REGISTERS = {"twins": 152, "seesaw": 208}
+REGISTERS = {"twins": 152, "turns": 160, "seesaw": 208}
 """A thread's of the consumers, beside a converter."""
 PROFILED = 120
 """Stages of a warpgroup that a profile has room for, in what shared memory is left."""
@@ -129,12 +137,13 @@ def _roles(tiles: MosaicTiles) -> list[_Role]:
 
     One thread of each may together have as many registers as the device has for 128 threads.
     """
-    ring = STRIPES if tiles.order == "twins" else HALVES
+    ring = HALVES if tiles.order in ("line", "seesaw") else STRIPES
     if tiles.order == "line":
         values = [_Role(f"values {w}", 168, functools.partial(sum_values, w=w)) for w in (0, 1)]
         consumers = [_Role("scores", 128, score), *values]
     else:
-        name, run = ("twin", consume_alone) if tiles.order == "twins" else ("consumer", consume)
+        names = {"twins": "twin", "turns": "turn", "seesaw": "consumer"}
+        name, run = names[tiles.order], consume if tiles.order == "seesaw" else consume_alone
         registers = REGISTERS[tiles.order] if tiles.ahead else 232
         consumers = [_Role(f"{name} {w}", registers, functools.partial(run, w=w)) for w in (0, 1)]
     if tiles.ahead:
@@ -208,7 +217,7 @@ def attend_pages_mosaic(
         cache_scale = kv_scales
     numbers = jnp.stack([sm_scale, jnp.asarray(cache_scale, jnp.float32)])
     held = min(rows, ROWS)
-    slot_rows = held if tiles.order == "twins" else ROWS * tiles.cluster
+    slot_rows = ROWS * tiles.cluster if tiles.order in ("line", "seesaw") else held
     run = plgpu.kernel(
         functools.partial(
             _kernel,

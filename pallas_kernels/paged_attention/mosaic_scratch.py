@@ -40,15 +40,16 @@ def scratch(
     rows: of a request's queries that a block holds, a multiple of 8. boxes: arrivals that make a
     tile's keys.
     """
-    twins = tiles.order == "twins"
+    twins = tiles.order in ("twins", "turns")
     own = (
-        _of_twins(rows, latent, rope, boxes, dtype)
+        _of_twins(tiles, rows, latent, rope, boxes, dtype)
         if twins
         else _of_halves(tiles, latent, rope, boxes, dtype)
     )
     if sparse:
         # 0 for a key that there is, else the lowest score.
-        own["bias_s"] = plgpu.SMEM((ROPE_PLACES if twins else STAGES, KEYS), jnp.float32)
+        places = own["rope_s"].shape[0] if twins else STAGES
+        own["bias_s"] = plgpu.SMEM((places, KEYS), jnp.float32)
     return own
 
 
@@ -78,27 +79,38 @@ def _of_halves(
     }
 
 
-def _of_twins(rows: int, latent: int, rope: bool, boxes: int, dtype: Any) -> dict[str, Any]:
-    stripes = latent // STRIPE
+def _of_twins(
+    tiles: MosaicTiles, rows: int, latent: int, rope: bool, boxes: int, dtype: Any
+) -> dict[str, Any]:
+    stripes, turns = latent // STRIPE, tiles.order == "turns"
+    readers, rope_places = (1, 2) if turns else (2, ROPE_PLACES)
     found = {
         "q_s": _tiled(dtype, stripes, rows, STRIPE),
         **({"q_rope_s": _tiled(dtype, 1, rows, BOX)} if rope else {}),
-        **({"rope_s": _tiled(dtype, ROPE_PLACES, KEYS, BOX)} if rope else {}),
+        **({"rope_s": _tiled(dtype, rope_places, KEYS, BOX)} if rope else {}),
         "p_s": _tiled(dtype, 2, rows, KEYS),
         # Each warp's maxima and sums, of either twin.
         "top_s": plgpu.SMEM((2, 4 * rows), jnp.float32),
     }
+    if turns:
+        # What each consumer has summed of the other's half, its maxima and its sums.
+        found["stage_s"] = plgpu.SMEM((2, latent // 2, rows), jnp.float32)
+        found["sums_s"] = plgpu.SMEM((2, 2, rows), jnp.float32)
     taken = sum(jnp.dtype(s.dtype).itemsize * math.prod(s.shape) for s in found.values())
     places = (SHARED_BYTES - BARRIER_BYTES - taken) // (KEYS * STRIPE * jnp.dtype(dtype).itemsize)
+    if turns:
+        # A tile each, so that a place is always the same consumer's: it must see every phase of a
+        # barrier.
+        places = 2 * stripes
     return {
         **found,
         "k_s": _tiled(dtype, places, KEYS, STRIPE),
         "q_full": plgpu.Barrier(num_arrivals=stripes + rope),
         "q_free": plgpu.Barrier(num_arrivals=2),
         "full": plgpu.Barrier(num_barriers=places, num_arrivals=boxes),
-        "free": plgpu.Barrier(num_barriers=places, num_arrivals=2),
-        "full_rope": plgpu.Barrier(num_barriers=ROPE_PLACES, num_arrivals=boxes),
-        "free_rope": plgpu.Barrier(num_barriers=ROPE_PLACES, num_arrivals=2),
+        "free": plgpu.Barrier(num_barriers=places, num_arrivals=readers),
+        "full_rope": plgpu.Barrier(num_barriers=rope_places, num_arrivals=boxes),
+        "free_rope": plgpu.Barrier(num_barriers=rope_places, num_arrivals=readers),
         "met": plgpu.Barrier(num_arrivals=2),
     }
 

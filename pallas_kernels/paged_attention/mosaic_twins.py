@@ -1,4 +1,4 @@
-"""The consumers of the twins: few rows, which stand on the products' N.
+"""The consumers of the twins and of the turns: few rows, which stand on the products' N.
 
 Legend: s scores, p probabilities, m running maximum, l running sums of exponentials, all in base 2,
 keys by rows; acc the sums of latents so far, latent columns by rows, relative to m.
@@ -64,10 +64,12 @@ def _pieces(c: Block, w: int) -> list[_Piece]:
 
 
 def consume_alone(c: Block, w: int):
-    """Half w of the output's columns, from scores of its own: nothing waits for the other one."""
+    """A twin: half w of the output's columns, from scores of its own. Or every other tile's part of
+    all columns, put together at a segment's end. Nothing waits for the other one before."""
     dtype = c.refs["q_nope"].dtype
     scale = c.scale[0] * LOG2_E
-    pieces = _pieces(c, w)
+    halves = [_pieces(c, half) for half in (0, 1)]
+    pieces = [*halves[0], *halves[1]] if c.takes_turns else halves[w]
     others = sorted(set(range(c.stripes)) - {piece.stripe for piece in pieces})
 
     def scores(n, z):
@@ -121,12 +123,15 @@ def consume_alone(c: Block, w: int):
             return [a * over_columns(keep, a.shape) for a in acc]
         return rescale_if_needed(acc, keep, axis=1)
 
-    def segment_body(segment, n):
+    def segment_body(segment, first):
         limit = limits(c, segment, c.rows, ROW_LAYOUT)
+        skipped = lax.rem(first + w, jnp.int32(2))  # before the first of this one's turns
         plgpu.barrier_wait(c.q_full)
 
-        def tile(i, carry):
-            acc, m, l, n = carry
+        def tile(turn, carry):
+            acc, m, l = carry
+            ahead = 2 * turn + skipped if c.takes_turns else turn
+            i, n = segment.begin + ahead, first + ahead
             s = scores(n, always_zero(i))
             place = c.rope_place(n) if c.rope else None
             s = hide(c, s, i, segment, limit, place, key_axis=0)
@@ -147,18 +152,22 @@ def consume_alone(c: Block, w: int):
             with jax.named_scope("values"):
                 acc = add_values(rescale(acc, keep), n)
             give_back(n, sorted({piece.stripe for piece in pieces}))
-            return acc, new_m, l, n + 1
+            return acc, new_m, l
 
         start = (
             [_full((piece.width, c.rows), 0) for piece in pieces],
             plgpu.layout_cast(jnp.full((c.rows,), LOWEST, jnp.float32), ROW_LAYOUT),
             _full((KEYS, c.rows), 0),
-            n,
         )
-        acc, m, l, n = lax.fori_loop(segment.begin, segment.end, tile, start)
+        tiles = segment.end - segment.begin
+        turns = lax.div(tiles + 1 - skipped, jnp.int32(2)) if c.takes_turns else tiles
+        acc, m, l = lax.fori_loop(0, turns, tile, start)
         plgpu.barrier_arrive(c.q_free)
-        _finish(c, w, segment, pieces, acc, m, _over_keys(c, "sum", l, w))
-        return n
+        l = _over_keys(c, "sum", l, w)
+        if c.takes_turns:
+            acc, m, l = _exchange(c, w, halves, acc, m, l)
+        _finish(c, w, segment, halves[w], acc, m, l)
+        return first + tiles
 
     c.segments_of_worker(segment_body, jnp.int32(0))
 
@@ -181,15 +190,48 @@ def _clear_unused(c: Block, tile, segment: Segment, n, pieces: list[_Piece]):
 
     @pl.when(valid < KEYS)
     def _():
-        # The other one scores these columns, too.
-        plgpu.barrier_arrive(c.met)
-        plgpu.barrier_wait(c.met)
+        if not c.takes_turns:
+            _meet(c)  # the other one scores these columns, too
         boxes = [
             c.k_s.at[c.stripe_place(n, piece.stripe), :, pl.ds(piece.first + box, BOX)]
             for piece in pieces
             for box in range(0, piece.width, BOX)
         ]
         clear(boxes, valid)
+
+
+def _meet(c: Block):
+    """Waits for the other consumer."""
+    plgpu.barrier_arrive(c.met)
+    plgpu.barrier_wait(c.met)
+
+
+def _exchange(c: Block, w: int, halves: list[list[_Piece]], acc, m, l):
+    """(acc of half w, m, l) of both consumers' tiles; the other half goes to the other one."""
+    count = len(halves[0])
+    parts = [acc[:count], acc[count:]]
+    stage = [pl.ds(_column(piece) % c.half, piece.width) for piece in halves[0]]
+
+    c.sums_s.at[w, 0][...] = m
+    c.sums_s.at[w, 1][...] = l
+    for place, a in zip(stage, parts[1 - w], strict=True):
+        c.stage_s.at[w, place][...] = a
+    plgpu.commit_smem()
+    _meet(c)
+    others_m, others_l = (plgpu.load(c.sums_s.at[1 - w, i], layout=ROW_LAYOUT) for i in (0, 1))
+    others = [plgpu.load(c.stage_s.at[1 - w, place], layout=plgpu.Layout.WGMMA) for place in stage]
+    _meet(c)  # both have read, and may write the next segment's
+    top = jnp.maximum(m, others_m)
+    own, other = jnp.exp2(m - top), jnp.exp2(others_m - top)
+    acc = [
+        a * over_columns(own, a.shape) + b * over_columns(other, b.shape)
+        for a, b in zip(parts[w], others, strict=True)
+    ]
+    return acc, top, l * own + others_l * other
+
+
+def _column(piece: _Piece) -> int:
+    return piece.stripe * STRIPE + piece.first
 
 
 def _finish(c: Block, w: int, segment: Segment, pieces: list[_Piece], acc, m, l):
@@ -205,7 +247,7 @@ def _finish(c: Block, w: int, segment: Segment, pieces: list[_Piece], acc, m, l)
 
     def store(ref, rows, dtype):
         for a, piece in zip(acc, pieces, strict=True):
-            columns = pl.ds(piece.stripe * STRIPE + piece.first, piece.width)
+            columns = pl.ds(_column(piece), piece.width)
             a_t = plgpu.layout_cast(a.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             put(ref.at[rows, columns].transpose((1, 0)), a_t)
 

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec
 from on_gpu import needs_gpu, needs_hopper
 from oracles import make_paged
 
+from pallas_kernels.paged_attention.mosaic_block import MosaicTiles
 from pallas_kernels.paged_decode import paged_decode
+from pallas_kernels.paged_decode.mosaic_gpu import paged_decode_mosaic
 
 pytestmark = [needs_gpu, needs_hopper]
 
@@ -32,6 +34,11 @@ class Bucket(NamedTuple):
     rope: int = 64
     dtype: str = "bfloat16"
     deterministic: bool = False
+    order: Literal["turns"] | None = None
+    """Of the consumers; None is the kernel's choice."""
+
+    def __str__(self) -> str:
+        return f"{self.heads}x{self.tokens}" + (f"-{self.order}" if self.order else "")
 
 
 PROBLEMS = 1000
@@ -48,6 +55,9 @@ BUCKETS = (
     Bucket(heads=32, batch=1, most_keys=32768),
     Bucket(heads=8, batch=300, most_keys=512, page_size=16, latent=384),
     Bucket(heads=5, tokens=6, page_size=32, rope=0, dtype="float16", deterministic=True),
+    Bucket(heads=16, order="turns"),
+    Bucket(heads=16, batch=1, most_keys=32768, order="turns"),
+    Bucket(heads=3, tokens=5, batch=300, most_keys=512, page_size=16, latent=384, order="turns"),
 )
 # Of the largest and of the root of the mean squared error; values are of the order of 1.
 BOUNDS = {"bfloat16": (4e-2, 3e-3), "float16": (6e-3, 5e-4)}
@@ -76,13 +86,27 @@ def draw(key, length, bucket: Bucket):
     return *queries, *pools, table, jnp.arange(batch, dtype=jnp.int32) * pages, length
 
 
+def attend(args, sm_scale, bucket: Bucket):
+    """(out, lse) of the kernel."""
+    if bucket.order is None:
+        return paged_decode(
+            *args, sm_scale=sm_scale, backend="mosaic_gpu", deterministic=bucket.deterministic
+        )
+    return paged_decode_mosaic(
+        *args,
+        sm_scale=jnp.float32(sm_scale),
+        num_splits=None,
+        deterministic=bucket.deterministic,
+        interpret=False,
+        tiles=MosaicTiles(cluster=1, order=bucket.order),
+    )
+
+
 @functools.partial(jax.jit, static_argnames="bucket")
 def errors(args, sm_scale, bucket: Bucket):
     """(largest, root mean square) error of out, largest of lse, and whether all are finite or,
     where a query has no key, as they must be; against float32 on the same inputs."""
-    out, lse = paged_decode(
-        *args, sm_scale=sm_scale, backend="mosaic_gpu", deterministic=bucket.deterministic
-    )
+    out, lse = attend(args, sm_scale, bucket)
     exact = (array.astype(jnp.float32) for array in args[:4])
     want, want_lse = paged_decode(*exact, *args[4:], sm_scale=sm_scale, backend="reference")
     empty = jnp.isneginf(want_lse)
@@ -92,7 +116,7 @@ def errors(args, sm_scale, bucket: Bucket):
     return jnp.abs(error).max(), jnp.sqrt(jnp.mean(error**2)), jnp.abs(lse_error).max(), right
 
 
-@pytest.mark.parametrize("bucket", BUCKETS, ids=lambda bucket: f"{bucket.heads}x{bucket.tokens}")
+@pytest.mark.parametrize("bucket", BUCKETS, ids=str)
 def test_random_ragged_problems(seed, rng, bucket):
     """Lengths of every size with empty ones among them, small and large scores."""
     keys = jax.random.split(jax.random.key(seed), PROBLEMS // len(BUCKETS))
@@ -110,7 +134,7 @@ def test_random_ragged_problems(seed, rng, bucket):
         assert lse <= 1e-3, told
 
 
-@pytest.mark.parametrize("bucket", BUCKETS, ids=lambda bucket: f"{bucket.heads}x{bucket.tokens}")
+@pytest.mark.parametrize("bucket", BUCKETS, ids=str)
 def test_a_call_repeats_itself(seed, rng, bucket):
     """To the bit, 20 times, between calls that leave other bits in shared memory."""
     length = jnp.asarray(rng.integers(0, bucket.most_keys + 1, bucket.batch), jnp.int32)
@@ -118,7 +142,7 @@ def test_a_call_repeats_itself(seed, rng, bucket):
 
     @jax.jit
     def run(*args):
-        return paged_decode(*args, sm_scale=0.05, backend="mosaic_gpu")
+        return attend(args, 0.05, bucket)
 
     first = jax.device_get(run(*args))
     for _ in range(20):

@@ -1,6 +1,7 @@
 """`paged_decode` against the float64 oracle: one suite for every backend."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from flash_mla_tolerance import assert_flash_mla, draw, reference
 from interpreted import needs_mosaic_gpu, no_races
-from oracles import QUICK_COMPILE, PagedCase, make_paged
+from oracles import QUICK_COMPILE, PagedCase, assert_within, make_paged, paged_attention
 from paged_decode_suite import (
+    LSE,
+    OUT,
     KernelSuite,
     PagedDecodeSuite,
     ragged,
@@ -102,6 +105,24 @@ class TestMosaicInterpreted(KernelSuite):
     def test_a_request_over_all_workers(self, rng, monkeypatch, heads, workers):
         case = self.make(rng, lengths=(1500,), page_size=64, heads=heads)
         assert self.check_plan(monkeypatch, case) == ([1] * workers, [workers])
+
+    @pytest.mark.parametrize(("heads", "tokens", "latent"), [(3, 1, 128), (7, 2, 384)])
+    def test_turns(self, rng, heads, tokens, latent):
+        """Segments of no tile, of odd and of even numbers of them, split and not."""
+        sizes = {"heads": heads, "tokens": tokens, "latent": latent, "page_size": 16}
+        case = self.make(rng, lengths=(0, 65, 1, 200, 64, 130), **sizes)
+        run = functools.partial(
+            mosaic_gpu.paged_decode_mosaic,
+            sm_scale=jnp.float32(0.07),
+            num_splits=None,
+            deterministic=False,
+            interpret=True,
+            tiles=mosaic_gpu.MosaicTiles(cluster=1, order="turns"),
+        )
+        out, lse = jax.jit(run)(*case.args)
+        want_out, want_lse = paged_attention(case, 0.07)
+        assert_within(out, want_out, OUT[self.dtype])
+        assert_within(lse, want_lse, LSE)
 
     def test_vmap(self, rng):
         """Queries, lengths and starts of two calls over the same pools: one launch for both."""
