@@ -210,16 +210,18 @@ def _exchange(c: Block, w: int, halves: list[list[_Piece]], acc, m, l):
     """(acc of half w, m, l) of both consumers' tiles; the other half goes to the other one."""
     count = len(halves[0])
     parts = [acc[:count], acc[count:]]
-    stage = [pl.ds(_column(piece) % c.half, piece.width) for piece in halves[0]]
+    rows = [[pl.ds(_column(piece) % c.half, piece.width) for piece in pieces] for pieces in halves]
 
     c.sums_s.at[w, 0][...] = m
     c.sums_s.at[w, 1][...] = l
-    for place, a in zip(stage, parts[1 - w], strict=True):
+    for place, a in zip(rows[1 - w], parts[1 - w], strict=True):
         c.stage_s.at[w, place][...] = a
     plgpu.commit_smem()
     _meet(c)
     others_m, others_l = (plgpu.load(c.sums_s.at[1 - w, i], layout=ROW_LAYOUT) for i in (0, 1))
-    others = [plgpu.load(c.stage_s.at[1 - w, place], layout=plgpu.Layout.WGMMA) for place in stage]
+    others = [
+        plgpu.load(c.stage_s.at[1 - w, place], layout=plgpu.Layout.WGMMA) for place in rows[w]
+    ]
     _meet(c)  # both have read, and may write the next segment's
     top = jnp.maximum(m, others_m)
     own, other = jnp.exp2(m - top), jnp.exp2(others_m - top)
