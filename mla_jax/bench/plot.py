@@ -1,13 +1,17 @@
-"""Pictures of results: paged decode beside its floor and its peers, many devices beside one."""
+"""Pictures of results: kernels and steps beside floor and peers, many devices beside one."""
 
+import itertools
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 # Okabe and Ito's colours, told apart without colour vision; lightness differs too.
 COLOURS = {"ours": "#0072B2", "flash-mla": "#E69F00", "page 64": "#56B4E9", "xla": "#999999"}
+OTHERS = ("#009E73", "#D55E00", "#CC79A7", "#F0E442")
 FORMATS = (".svg", ".png")
 SETTINGS = {"svg.fonttype": "none", "font.size": 8}
+LABELS = ("op", "layout", "dtype", "backend", "deterministic")
+"""What a shape may have rows of several of."""
 BAR, GAP = 0.13, 0.13  # inches: a bar's height, and the space between shapes
 
 
@@ -25,28 +29,39 @@ def check(path: Path) -> None:
 def draw(document: dict[str, Any], path: Path) -> None:
     """Bars of floor time over measured time, by shape, from a results file's content: SVG or PNG.
 
-    1 is a kernel that moves or computes at the rates measured in the same run. Errors: `check`'s.
+    1 is a kernel, or a step, that moves or computes at the rates measured in the same run. What
+    differs between rows of the same shape, such as the cache's layout, stands beside it. Errors:
+    `check`'s.
     """
     check(path)
     import_module("matplotlib").use("agg")
     plt = import_module("matplotlib.pyplot")
+    rows = document["rows"]
+    ops = sorted({row["op"] for row in rows})
+    differing = [key for key in LABELS if len({row.get(key) for row in rows}) > 1]
     groups: dict[str, dict[str, float]] = {}
     floors = {}
-    for row in document["rows"]:
+    for row in rows:
+        label = ", ".join([row["shape"], *(str(row[key]) for key in differing if key in row)])
+        micros = row["ours_us"] if "ours_us" in row else row["ms_a_step"] * 1e3
         # Each peer's row times ours anew: the first stands for it.
-        groups.setdefault(row["shape"], {"ours": row["ours_us"]})[row["peer"]] = row["peer_us"]
-        floors.setdefault(row["shape"], row["ours_us"] / row["times_floor"])
+        times = groups.setdefault(label, {"ours": micros})
+        floors.setdefault(label, micros * _share(row))
+        if "peer" in row:
+            times[row["peer"]] = row["peer_us"]
+    unknown = sorted({name for times in groups.values() for name in times} - set(COLOURS))
+    colours = COLOURS | dict(zip(unknown, itertools.cycle(OTHERS), strict=False))
 
-    with plt.rc_context(SETTINGS | {"svg.hashsalt": "paged"}):
+    with plt.rc_context(SETTINGS | {"svg.hashsalt": "-".join(ops)}):
         bars = sum(map(len, groups.values()))
         height = BAR * bars + GAP * len(groups)
         figure, axes = plt.subplots(figsize=(7, height + 1), layout="constrained")
         top, ticks = 0.0, []
         for shape, times in groups.items():
             ticks.append(top + BAR * (len(times) - 1) / 2)
-            for name in sorted(times, key=list(COLOURS).index):
+            for name in sorted(times, key=list(colours).index):
                 share = floors[shape] / times[name]
-                axes.barh(top, share, height=BAR * 0.9, color=COLOURS[name], label=name)
+                axes.barh(top, share, height=BAR * 0.9, color=colours[name], label=name)
                 micros = times[name]
                 text = f"{micros:,.0f} µs" if micros >= 1000 else f"{micros:.3g} µs"
                 axes.text(share + 0.01, top, text, va="center", fontsize=6)
@@ -57,13 +72,13 @@ def draw(document: dict[str, Any], path: Path) -> None:
         axes.set_xlim(0, 1.12)
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=0)
         axes.set_xlabel("floor time / measured time (1: the device's own limit in the same run)")
-        axes.set_title(f"Paged decode attention, {document['device']}")
+        axes.set_title(f"{', '.join(ops).replace('_', ' ')}, {document['device']}")
         named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         figure.legend(
-            [named[name] for name in COLOURS if name in named],
-            [name for name in COLOURS if name in named],
+            [named[name] for name in colours if name in named],
+            [name for name in colours if name in named],
             loc="outside lower center",
-            ncols=len(COLOURS),
+            ncols=4,
             frameon=False,
         )
         axes.spines[["top", "right"]].set_visible(False)
@@ -71,6 +86,13 @@ def draw(document: dict[str, Any], path: Path) -> None:
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, metadata=metadata, dpi=200)
         plt.close(figure)
+
+
+def _share(row: dict[str, Any]) -> float:
+    """Floor time over our time."""
+    if "times_floor" in row:
+        return 1 / row["times_floor"]
+    return max(row.get("of_matmul", 0.0), row.get("of_bandwidth", 0.0))
 
 
 def draw_sharded(document: dict[str, Any], path: Path) -> None:

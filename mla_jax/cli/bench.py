@@ -140,10 +140,6 @@ def add_parser(subparsers) -> None:
         "--only", type=names, metavar="NAME,…", help="some of link, heads, context, steps"
     )
     sharded.set_defaults(run=run_sharded)
-    for kind in (paged, sharded):
-        kind.add_argument(
-            "--plot", type=Path, metavar="FILE", help="draw the results here, .svg or .png"
-        )
     report = kinds.add_parser(
         "report", help="the tables of results files as Markdown, or those of a document anew"
     )
@@ -176,19 +172,22 @@ def add_parser(subparsers) -> None:
         kind.add_argument("--backend", metavar="NAME", help="of ours (default: fastest)")
     for kind in (step, paged, prefill, sparse, fp8, schedules, megakernel, sharded):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    for kind in (step, paged, prefill, sparse, fp8, megakernel, sharded):
+        kind.add_argument(
+            "--plot", type=Path, metavar="FILE", help="draw the results here, .svg or .png"
+        )
 
 
-def _check_folder(name: str, path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"{name}: {path.parent} is not a folder")
-
-
-def _check_plot(path: Path | None) -> None:
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Mistakes in --json and --plot, before anything is measured."""
     from mla_jax.bench import plot
 
-    _check_folder("plot", path)
-    if path is not None:
-        plot.check(path)
+    for name in ("json", "plot"):
+        path = getattr(args, name, None)
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{name}: {path.parent} is not a folder")
+    if getattr(args, "plot", None) is not None:
+        plot.check(args.plot)
 
 
 def _line(row: dict) -> str:
@@ -201,8 +200,10 @@ def _line(row: dict) -> str:
     return f"{row['op']:12} {row['shape']:28} {'  '.join(numbers)}"
 
 
-def _record(jobs: Sequence[Iterable[dict]], path: Path | None, **extra: Any) -> list[dict]:
-    """Show rows as jobs measure them, below a bar of the jobs that are done.
+def _record(
+    jobs: Sequence[Iterable[dict]], args: argparse.Namespace, *, sharded: bool = False, **extra: Any
+) -> list[dict]:
+    """Show rows as jobs measure them, below a bar of the jobs that are done, and draw them.
 
     After each row all so far are written, marked as partial until the last: what is measured stays,
     whatever comes. extra: what the file holds besides.
@@ -210,7 +211,7 @@ def _record(jobs: Sequence[Iterable[dict]], path: Path | None, **extra: Any) -> 
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from mla_jax.bench import results
+    from mla_jax.bench import plot, results
 
     console = Console()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
@@ -222,10 +223,13 @@ def _record(jobs: Sequence[Iterable[dict]], path: Path | None, **extra: Any) -> 
             for row in job:
                 rows.append(row)
                 console.print(_line(row), soft_wrap=True, highlight=False, markup=False)
-                if path is not None:
-                    results.write(path, rows, **extra, partial=True)
-    if path is not None:
-        results.write(path, rows, **extra)
+                if args.json is not None:
+                    results.write(args.json, rows, **extra, partial=True)
+    if args.json is not None:
+        results.write(args.json, rows, **extra)
+    if getattr(args, "plot", None) is not None:
+        draw = plot.draw_sharded if sharded else plot.draw
+        draw(results.document(rows, **extra), args.plot)
     return rows
 
 
@@ -236,10 +240,10 @@ def run_decode_step(args: argparse.Namespace) -> int:
     config = find_preset(args.preset)
     if args.length < 1:
         raise ValueError(f"length: got {args.length}, expected at least 1")
-    _check_folder("json", args.json)
+    _check_outputs(args)
     ceilings = timing.measure_ceilings()
     jobs = decode_step.run(config, args.batch, args.length, ceilings["bandwidth_gb_s"])
-    _record(jobs, args.json, preset=args.preset, ceilings=ceilings)
+    _record(jobs, args, preset=args.preset, ceilings=ceilings)
     return 0
 
 
@@ -264,12 +268,12 @@ def run_schedule(args: argparse.Namespace) -> int:
         raise ValueError(
             f"picture: got {args.picture!r}, expected one of {', '.join(schedules.SHAPES)}"
         )
-    _check_folder("json", args.json)
+    _check_outputs(args)
     if args.picture is not None:
         plan = schedules.schedule(*schedules.SHAPES[args.picture])
         Console().print(schedules.picture(plan), soft_wrap=True)
         return 0
-    _record([schedules.run()], args.json, ceilings={})
+    _record([schedules.run()], args, ceilings={})
     return 0
 
 
@@ -279,15 +283,15 @@ def run_megakernel(args: argparse.Namespace) -> int:
     shapes = megakernel.find_shapes(None if args.shapes == ["all"] else args.shapes)
     ways = megakernel.find_ways(None if args.backend is None else names(args.backend))
     against = peers.find_peers(args.against)
-    _check_folder("json", args.json)
+    _check_outputs(args)
     ceilings = timing.measure_ceilings()
     jobs = [megakernel.bench_shape(shape, ways, against, ceilings) for shape in shapes]
-    _record(jobs, args.json, ceilings=ceilings)
+    _record(jobs, args, ceilings=ceilings)
     return 0
 
 
 def run_paged(args: argparse.Namespace) -> int:
-    from mla_jax.bench import paged, peers, plot, results, timing
+    from mla_jax.bench import paged, peers, results, timing
 
     # Mistakes first: measuring takes minutes.
     shapes = paged.find_shapes(None if args.shapes == ["all"] else args.shapes)
@@ -296,8 +300,7 @@ def run_paged(args: argparse.Namespace) -> int:
     against = peers.find_peers(args.against)
     for shape in shapes:
         paged.backend_for(shape, args.backend)
-    _check_folder("json", args.json)
-    _check_plot(args.plot)
+    _check_outputs(args)
 
     ceilings = timing.measure_ceilings()
     options = {"backend": args.backend, "deterministic": args.deterministic}
@@ -306,30 +309,25 @@ def run_paged(args: argparse.Namespace) -> int:
         paged.bench_shape(shape, against, ceilings, **options, programs=programs)
         for shape in shapes
     ]
-    rows = _record(jobs, args.json, ceilings=ceilings)
+    rows = _record(jobs, args, ceilings=ceilings)
     means = paged.geometric_means(rows)
     for peer, mean in means.items():
         print(f"geometric mean of the ratios to {peer}: {mean:.3f}")
     if args.json is not None:
         results.write(args.json, rows, ceilings=ceilings, geometric_means=means)
-    if args.plot is not None:
-        plot.draw(results.document(rows, ceilings=ceilings), args.plot)
     return 0
 
 
 def run_sharded(args: argparse.Namespace) -> int:
-    from mla_jax.bench import plot, results, sharded
+    from mla_jax.bench import sharded
 
     parts = sharded.find_parts(args.only)
     sharded.usable_devices()
-    _check_folder("json", args.json)
-    _check_plot(args.plot)
+    _check_outputs(args)
 
     count, rates, link = sharded.prepare()
     measured: dict[str, Any] = {"devices": count, **dataclasses.asdict(rates)}
-    rows = _record(sharded.run(parts, count, rates, link), args.json, **measured)
-    if args.plot is not None:
-        plot.draw_sharded(results.document(rows, **measured), args.plot)
+    _record(sharded.run(parts, count, rates, link), args, sharded=True, **measured)
     return 0
 
 
@@ -379,9 +377,9 @@ def _run_shapes(benchmark: Any, args: argparse.Namespace) -> int:
     shapes = benchmark.find_shapes(None if args.shapes == ["all"] else args.shapes)
     for shape in shapes:
         benchmark.backend_for(shape, args.backend)
-    _check_folder("json", args.json)
+    _check_outputs(args)
 
     ceilings = timing.measure_ceilings()
     jobs = [benchmark.bench_shape(shape, ceilings, backend=args.backend) for shape in shapes]
-    _record(jobs, args.json, ceilings=ceilings)
+    _record(jobs, args, ceilings=ceilings)
     return 0

@@ -12,7 +12,7 @@ import numpy as np
 import oracles
 import pytest
 
-from mla_jax.bench import paged, peers, plot, results, timing
+from mla_jax.bench import paged, peers, plot, report, results, timing
 from mla_jax.cli.main import main
 from mla_jax.paged import DEFAULT_SM_SCALE
 
@@ -268,7 +268,14 @@ def test_a_missing_matplotlib_names_the_extra(tiny_run, monkeypatch):
 def test_plot_shows_every_shape_and_contender(tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     rows = [
-        {"shape": shape, "peer": peer, "ours_us": 10.0, "peer_us": micros, "times_floor": 2.0}
+        {
+            "op": "paged_decode",
+            "shape": shape,
+            "peer": peer,
+            "ours_us": 10.0,
+            "peer_us": micros,
+            "times_floor": 2.0,
+        }
         for shape, peer, micros in (
             ("B1-h2-s3", "flash-mla", 12.5),
             ("B1-h2-s3", "xla", 4321.5),
@@ -289,3 +296,21 @@ def test_plot_shows_every_shape_and_contender(tmp_path):
     colours = {tuple(colour) for colour in (picture[..., :3] * 255).round().reshape(-1, 3)}
     bars = [plot.COLOURS[name] for name in ("ours", "flash-mla", "xla", "page 64")]
     assert {tuple(bytes.fromhex(bar[1:])) for bar in bars} <= colours
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("prefill_h200", ("h16-t8192", "cudnn", "xla", "reference", "810 µs")),
+        ("megakernel_h200", ("four-s45118-n4-h16, triton", "paged_decode (mosaic_gpu)")),
+        ("decode_step_h200", ("B1 s1024, decode_step", "2,300 µs")),
+    ],
+)
+def test_plot_of_other_benchmarks(tmp_path, name, words):
+    """Peers of any name, rows without one, and steps in milliseconds."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "other.svg"
+    plot.draw(report.read(name), path)
+    text = path.read_text()
+    for word in words:
+        assert word in text
