@@ -1,4 +1,4 @@
-"""The documentation's table of meshes: from the estimate, and from what results there are."""
+"""The documentation's tables: of support, and of meshes from the estimate and what is measured."""
 
 import importlib.util
 import json
@@ -24,6 +24,16 @@ def pages() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_support_is_that_of_the_jax_measured_on(pages):
+    """Whichever version makes the pages."""
+    text = pages.support()
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
+    assert lines["deepseek-v3, NVIDIA H200"].count("mosaic_gpu") == 1
+    assert "mosaic_gpu" not in lines["deepseek-v3, NVIDIA A100-SXM4-80GB"]
+    assert lines["DeepSeek's sizes, bfloat16, pages of 64"].endswith("| yes | yes | yes |")
+    assert "Mosaic GPU's copies and its interpreter need" not in text
 
 
 def test_rows_are_estimates(pages, monkeypatch):
