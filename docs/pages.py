@@ -111,8 +111,8 @@ def support() -> str:
             "## Operations and backends",
             operations_table().markdown(),
             "## What is chosen",
-            "What a call of one request gets that names no backend (on Hopper more than eight of 16 "
-            "heads get `mosaic_gpu` too):",
+            "What a call of one request gets that names no backend (on Hopper more than eight "
+            "requests of 16 heads get `mosaic_gpu` too):",
             choices_table().markdown(),
             "## Paged decode in detail",
             "On an H200; a reason is the one that a call by that name raises:",
