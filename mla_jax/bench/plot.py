@@ -82,9 +82,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
             frameon=False,
         )
         axes.spines[["top", "right"]].set_visible(False)
-        # An SVG holds the date if it is not told otherwise, a PNG does not.
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(path, metadata=metadata, dpi=200)
+        _save(figure, path)
         plt.close(figure)
 
 
@@ -93,6 +91,11 @@ def _share(row: dict[str, Any]) -> float:
     if "times_floor" in row:
         return 1 / row["times_floor"]
     return max(row.get("of_matmul", 0.0), row.get("of_bandwidth", 0.0))
+
+
+def _save(figure: Any, path: Path) -> None:
+    # An SVG holds the date if it is not told otherwise, a PNG does not.
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {}, dpi=200)
 
 
 def draw_sharded(document: dict[str, Any], path: Path) -> None:
@@ -144,6 +147,5 @@ def draw_sharded(document: dict[str, Any], path: Path) -> None:
         right.set_title(f"{document['devices']} × {document['device']}")
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(path, metadata=metadata, dpi=200)
+        _save(figure, path)
         plt.close(figure)

@@ -122,7 +122,7 @@ def add_parser(subparsers) -> None:
         "schedule", help="make the megakernel's schedules (on the host), and draw one"
     )
     schedules.add_argument("--picture", metavar="NAME", help="print this shape's timeline")
-    schedules.set_defaults(run=run_schedule)
+    schedules.set_defaults(run=run_schedule, plot=None)
     megakernel = kinds.add_parser(
         "megakernel",
         help="decode by a schedule beside split-KV decode and FlashMLA",
@@ -183,10 +183,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
     from mla_jax.bench import plot
 
     for name in ("json", "plot"):
-        path = getattr(args, name, None)
+        path = getattr(args, name)
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{name}: {path.parent} is not a folder")
-    if getattr(args, "plot", None) is not None:
+    if args.plot is not None:
         plot.check(args.plot)
 
 
@@ -227,7 +227,7 @@ def _record(
                     results.write(args.json, rows, **extra, partial=True)
     if args.json is not None:
         results.write(args.json, rows, **extra)
-    if getattr(args, "plot", None) is not None:
+    if args.plot is not None:
         draw = plot.draw_sharded if sharded else plot.draw
         draw(results.document(rows, **extra), args.plot)
     return rows

@@ -36,6 +36,16 @@ class MosaicTiles:
     ahead: int = 0
 
     @property
+    def few_rows(self) -> bool:
+        """Whether rows stand on the products' N, and keys come in stripes."""
+        return self.order in ("twins", "turns")
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a tile is one consumer's alone."""
+        return self.order == "turns"
+
+    @property
     def step(self) -> int:
         """Keys of a plan's step."""
         return KEYS * (2 if self.order == "seesaw" else 1)
@@ -59,7 +69,6 @@ class Block:
         self.worker, self.block = worker, block
         latent = refs["ckv"].shape[-1]
         self.half, self.stripes = latent // 2, latent // STRIPE
-        self.takes_turns = tiles.order == "turns"
         self.axes = CLUSTER if tiles.cluster > 1 else None
 
     def __getattr__(self, name: str) -> Any:

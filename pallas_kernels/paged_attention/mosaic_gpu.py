@@ -137,13 +137,13 @@ def _roles(tiles: MosaicTiles) -> list[_Role]:
 
     One thread of each may together have as many registers as the device has for 128 threads.
     """
-    ring = HALVES if tiles.order in ("line", "seesaw") else STRIPES
+    ring = STRIPES if tiles.few_rows else HALVES
     if tiles.order == "line":
         values = [_Role(f"values {w}", 168, functools.partial(sum_values, w=w)) for w in (0, 1)]
         consumers = [_Role("scores", 128, score), *values]
     else:
         names = {"twins": "twin", "turns": "turn", "seesaw": "consumer"}
-        name, run = names[tiles.order], consume if tiles.order == "seesaw" else consume_alone
+        name, run = names[tiles.order], consume_alone if tiles.few_rows else consume
         registers = REGISTERS[tiles.order] if tiles.ahead else 232
         consumers = [_Role(f"{name} {w}", registers, functools.partial(run, w=w)) for w in (0, 1)]
     if tiles.ahead:
@@ -217,7 +217,7 @@ def attend_pages_mosaic(
         cache_scale = kv_scales
     numbers = jnp.stack([sm_scale, jnp.asarray(cache_scale, jnp.float32)])
     held = min(rows, ROWS)
-    slot_rows = ROWS * tiles.cluster if tiles.order in ("line", "seesaw") else held
+    slot_rows = held if tiles.few_rows else ROWS * tiles.cluster
     run = plgpu.kernel(
         functools.partial(
             _kernel,

@@ -40,15 +40,14 @@ def scratch(
     rows: of a request's queries that a block holds, a multiple of 8. boxes: arrivals that make a
     tile's keys.
     """
-    twins = tiles.order in ("twins", "turns")
     own = (
         _of_twins(tiles, rows, latent, rope, boxes, dtype)
-        if twins
+        if tiles.few_rows
         else _of_halves(tiles, latent, rope, boxes, dtype)
     )
     if sparse:
         # 0 for a key that there is, else the lowest score.
-        places = own["rope_s"].shape[0] if twins else STAGES
+        places = own["rope_s"].shape[0] if tiles.few_rows else STAGES
         own["bias_s"] = plgpu.SMEM((places, KEYS), jnp.float32)
     return own
 
@@ -82,7 +81,7 @@ def _of_halves(
 def _of_twins(
     tiles: MosaicTiles, rows: int, latent: int, rope: bool, boxes: int, dtype: Any
 ) -> dict[str, Any]:
-    stripes, turns = latent // STRIPE, tiles.order == "turns"
+    stripes, turns = latent // STRIPE, tiles.takes_turns
     readers, rope_places = (1, 2) if turns else (2, ROPE_PLACES)
     found = {
         "q_s": _tiled(dtype, stripes, rows, STRIPE),

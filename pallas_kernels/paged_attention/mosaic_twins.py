@@ -69,7 +69,7 @@ def consume_alone(c: Block, w: int):
     dtype = c.refs["q_nope"].dtype
     scale = c.scale[0] * LOG2_E
     halves = [_pieces(c, half) for half in (0, 1)]
-    pieces = [*halves[0], *halves[1]] if c.takes_turns else halves[w]
+    pieces = [*halves[0], *halves[1]] if c.tiles.takes_turns else halves[w]
     others = sorted(set(range(c.stripes)) - {piece.stripe for piece in pieces})
 
     def scores(n, z):
@@ -130,7 +130,7 @@ def consume_alone(c: Block, w: int):
 
         def tile(turn, carry):
             acc, m, l = carry
-            ahead = 2 * turn + skipped if c.takes_turns else turn
+            ahead = 2 * turn + skipped if c.tiles.takes_turns else turn
             i, n = segment.begin + ahead, first + ahead
             s = scores(n, always_zero(i))
             place = c.rope_place(n) if c.rope else None
@@ -160,11 +160,11 @@ def consume_alone(c: Block, w: int):
             _full((KEYS, c.rows), 0),
         )
         tiles = segment.end - segment.begin
-        turns = lax.div(tiles + 1 - skipped, jnp.int32(2)) if c.takes_turns else tiles
+        turns = lax.div(tiles + 1 - skipped, jnp.int32(2)) if c.tiles.takes_turns else tiles
         acc, m, l = lax.fori_loop(0, turns, tile, start)
         plgpu.barrier_arrive(c.q_free)
         l = _over_keys(c, "sum", l, w)
-        if c.takes_turns:
+        if c.tiles.takes_turns:
             acc, m, l = _exchange(c, w, halves, acc, m, l)
         _finish(c, w, segment, halves[w], acc, m, l)
         return first + tiles
@@ -190,7 +190,7 @@ def _clear_unused(c: Block, tile, segment: Segment, n, pieces: list[_Piece]):
 
     @pl.when(valid < KEYS)
     def _():
-        if not c.takes_turns:
+        if not c.tiles.takes_turns:
             _meet(c)  # the other one scores these columns, too
         boxes = [
             c.k_s.at[c.stripe_place(n, piece.stripe), :, pl.ds(piece.first + box, BOX)]
