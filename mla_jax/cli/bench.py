@@ -66,6 +66,13 @@ def names(text: str) -> list[str]:
 def add_parser(subparsers) -> None:
     p = subparsers.add_parser("bench", help="measure kernels and steps on this device")
     kinds = p.add_subparsers(dest="bench", required=True, metavar="BENCHMARK")
+    as_written = argparse.RawDescriptionHelpFormatter
+
+    def described(name: str, description: str, text: str) -> argparse.ArgumentParser:
+        return kinds.add_parser(
+            name, help=text, description=description, formatter_class=as_written
+        )
+
     step = kinds.add_parser(
         "decode-step", help="ms a token of a model with random weights, beside its floor"
     )
@@ -73,12 +80,7 @@ def add_parser(subparsers) -> None:
     step.add_argument("--batch", type=positive_integers, default=[1, 32, 128], metavar="N,N,…")
     step.add_argument("--length", type=int, default=1024, help="tokens each row has cached")
     step.set_defaults(run=run_decode_step)
-    paged = kinds.add_parser(
-        "paged",
-        help="paged decode attention beside FlashMLA and XLA",
-        description=PAGED,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    paged = described("paged", PAGED, "paged decode attention beside FlashMLA and XLA")
     paged.add_argument(
         "--against",
         type=names,
@@ -97,45 +99,26 @@ def add_parser(subparsers) -> None:
         help="instead of timing, trace what the warpgroups of the Mosaic GPU kernel wait for",
     )
     paged.set_defaults(run=run_paged)
-    prefill = kinds.add_parser(
-        "prefill",
-        help="prefill attention, expanded and absorbed, beside cuDNN and XLA",
-        description=PREFILL,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    prefill = described(
+        "prefill", PREFILL, "prefill attention, expanded and absorbed, beside cuDNN and XLA"
     )
     prefill.set_defaults(run=run_prefill)
-    sparse = kinds.add_parser(
-        "sparse",
-        help="token-sparse decode attention beside FlashMLA's fp8 kernel",
-        description=SPARSE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    sparse = described(
+        "sparse", SPARSE, "token-sparse decode attention beside FlashMLA's fp8 kernel"
     )
     sparse.set_defaults(run=run_sparse)
-    fp8 = kinds.add_parser(
-        "fp8",
-        help="paged decode attention over fp8 caches beside bfloat16 ones",
-        description=FP8,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    fp8 = described("fp8", FP8, "paged decode attention over fp8 caches beside bfloat16 ones")
     fp8.set_defaults(run=run_fp8)
     schedules = kinds.add_parser(
         "schedule", help="make the megakernel's schedules (on the host), and draw one"
     )
     schedules.add_argument("--picture", metavar="NAME", help="print this shape's timeline")
     schedules.set_defaults(run=run_schedule, plot=None)
-    megakernel = kinds.add_parser(
-        "megakernel",
-        help="decode by a schedule beside split-KV decode and FlashMLA",
-        description=MEGAKERNEL,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    megakernel = described(
+        "megakernel", MEGAKERNEL, "decode by a schedule beside split-KV decode and FlashMLA"
     )
     megakernel.set_defaults(run=run_megakernel)
-    sharded = kinds.add_parser(
-        "sharded",
-        help="many devices beside one, and the link between them",
-        description=SHARDED,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    sharded = described("sharded", SHARDED, "many devices beside one, and the link between them")
     sharded.add_argument(
         "--only", type=names, metavar="NAME,…", help="some of link, heads, context, steps"
     )
