@@ -76,14 +76,22 @@ def naive_attention(
     return jnp.einsum("bshk,bkc->bshc", weights, keys[..., :latent])
 
 
+def depending(
+    table: Int[Array, "batch max_pages"], q: Float[Array, "..."]
+) -> Int[Array, "batch max_pages"]:
+    """The same table, for a gather that each call of a chain makes for itself.
+
+    A gather does not depend on the queries: XLA would do it once for all calls. Adding (q != q),
+    which is 0 but not provably so, prevents that.
+    """
+    first = q[(0,) * q.ndim]
+    return table + (first != first).astype(table.dtype)
+
+
 def _naive_call(
     q_nope: Array, q_pe: Array, ckv: Array, kpe: Array, table: Array, length: Array
 ) -> Array:
-    # The gather does not depend on the queries: in a chain XLA would do it once for all calls.
-    # Adding (q != q), which is 0 but not provably so, makes each call gather for itself.
-    first = q_nope[0, 0, 0, 0]
-    table = table + (first != first).astype(table.dtype)
-    return naive_attention(q_nope, q_pe, ckv, kpe, table, length)
+    return naive_attention(q_nope, q_pe, ckv, kpe, depending(table, q_nope), length)
 
 
 def xla(inputs: PagedInputs) -> Contender:

@@ -24,7 +24,11 @@ PEERS = {
     "xla": "XLA",
     "cudnn": "cuDNN",
     f"page {PEERS_PAGE}": "pages of 64",
+    "cudnn contiguous": "cuDNN without pages",
+    "xla contiguous": "XLA without pages",
+    "dense": "all keys",
 }
+PATTERNS = {"dense": "all keys", "causal": "causal", "blocks25": "a quarter of the blocks"}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -193,6 +197,56 @@ def _prefill(rows: Sequence[Row]) -> list[Table]:
     return [Table(columns=columns, rows=tuple(cells))] if cells else []
 
 
+def grouped_label(name: str) -> str:
+    """A shape of the grouped-query benchmark in words.
+
+    >>> grouped_label("B64-h32-kv8-d128-s4096")
+    '64 × 32:8 × 128, 4,096'
+    >>> grouped_label("h16-d128-t16384-causal")
+    '16 × 128, 16,384, causal'
+    """
+    if decode := re.fullmatch(r"B(\d+)-h(\d+)-kv(\d+)-d(\d+)-s(\d+)", name):
+        batch, heads, kv_heads, width, length = map(int, decode.groups())
+        return f"{batch} × {heads}:{kv_heads} × {width}, {length:,}"
+    if prefill := re.fullmatch(r"h(\d+)-d(\d+)-t(\d+)-(\w+)", name):
+        heads, width, tokens, pattern = prefill.groups()
+        return f"{heads} × {width}, {int(tokens):,}, {PATTERNS.get(pattern, pattern)}"
+    return name
+
+
+def _grouped(rows: Sequence[Row]) -> list[Table]:
+    """A row for all peers of a shape: ratios, and what they should reach, where that is said."""
+
+    def reached(row: Row | None, field: str, bar: str) -> str:
+        if row is None or field not in row:
+            return "–"
+        return f"{row[field]:.2f}" + (f" (at least {row[bar]:g})" if bar in row else "")
+
+    decode = rows[0]["op"] == "grouped_decode"
+    first = "batch × heads:key heads × width, cached tokens" if decode else "heads × width, tokens"
+    speed = "of a copy's rate" if decode else "TFLOP/s"
+    peers = list(dict.fromkeys(row["peer"] for row in rows if "peer" in row))
+    cells = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        own = [row for row in rows if row["shape"] == shape]
+        of_peer = {row.get("peer"): row for row in own}
+        cells.append(
+            (
+                grouped_label(shape),
+                f"`{own[0]['backend']}`",
+                f"{own[0]['ours_us']:,.1f}",
+                f"{own[0]['alone_us']:,.1f}",
+                reached(own[0], "of_copy", "bar_of_copy")
+                if decode
+                else f"{own[0]['tflop_s']:,.0f}",
+                *(reached(of_peer.get(peer), "ratio", "bar") for peer in peers),
+            )
+        )
+    against = (f"against {PEERS.get(peer, peer)}" for peer in peers)
+    columns = (first, "backend", "µs", "alone, µs", speed, *against)
+    return [Table(columns=columns, rows=tuple(cells))]
+
+
 def _all_reduce(rows: Sequence[Row]) -> list[Table]:
     cells = []
     for row in rows:
@@ -258,6 +312,7 @@ KINDS: tuple[tuple[str, str, Callable[[Sequence[Row]], list[Table]]], ...] = (
     ("paged_decode", "times_floor", _paged),
     ("decode_step", "ms_a_step", _decode_step),
     ("causal_prefill", "peer", _prefill),
+    *((op, "alone_us", _grouped) for op in ("grouped_decode", "sparse_prefill")),
     ("all_reduce", "gb_s", _all_reduce),
     *((f"sharded_{part}", "ratio", _sharded) for part in ("attention", "layer", "context")),
     ("sharded_step", "efficiency", _sharded_step),

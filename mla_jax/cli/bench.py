@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,15 @@ of `mla-jax tune megakernel` where it has run, and over_makespan the measured ti
 FP8 = """\
 Times paged decode attention over float8_e4m3fn caches, of 656 bytes a token (layout slot) and 576
 (tensor), beside ours and FlashMLA's over the same tokens in bfloat16; as `bench paged`."""
+
+
+GROUPED = """\
+Times grouped-query attention (mla_jax.flash_mla) in bfloat16: decode over pages of 64, beside the
+rate of a copy, and prefill over all keys, causal, and over a quarter of the blocks.
+
+cudnn and xla are jax.nn.dot_product_attention, where it compiles: in decode over pages that it
+gathers first, and, contiguous, over keys that lie side by side already. dense is our own over all
+keys. alone_us is one call as a program of its own, its plan and launch included."""
 
 
 SHARDED = """\
@@ -109,6 +118,10 @@ def add_parser(subparsers) -> None:
     sparse.set_defaults(run=run_sparse)
     fp8 = described("fp8", FP8, "paged decode attention over fp8 caches beside bfloat16 ones")
     fp8.set_defaults(run=run_fp8)
+    grouped = described(
+        "grouped", GROUPED, "grouped-query decode and block-sparse prefill beside JAX's attention"
+    )
+    grouped.set_defaults(run=run_grouped)
     schedules = kinds.add_parser(
         "schedule", help="make the megakernel's schedules (on the host), and draw one"
     )
@@ -142,6 +155,7 @@ def add_parser(subparsers) -> None:
     examples = {
         **{paged: "B128-h16-s4096", prefill: "h16-t8192", sparse: "B128-h128-k2048"},
         fp8: "B128-h16-s8192",
+        grouped: "B64-h32-kv8-d128-s4096",
         megakernel: "B1-s65536-n1",
     }
     for kind, example in examples.items():
@@ -153,9 +167,9 @@ def add_parser(subparsers) -> None:
             help=f"by name, such as {example} (default: all; a wrong name lists them)",
         )
         kind.add_argument("--backend", metavar="NAME", help="of ours (default: fastest)")
-    for kind in (step, paged, prefill, sparse, fp8, schedules, megakernel, sharded):
+    for kind in (step, paged, prefill, sparse, fp8, grouped, schedules, megakernel, sharded):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    for kind in (step, paged, prefill, sparse, fp8, megakernel, sharded):
+    for kind in (step, paged, prefill, sparse, fp8, grouped, megakernel, sharded):
         kind.add_argument(
             "--plot", type=Path, metavar="FILE", help="draw the results here, .svg or .png"
         )
@@ -353,8 +367,19 @@ def run_fp8(args: argparse.Namespace) -> int:
     return _run_shapes(fp8, args)
 
 
-def _run_shapes(benchmark: Any, args: argparse.Namespace) -> int:
-    """Every shape of a benchmark's module, mistakes first."""
+def run_grouped(args: argparse.Namespace) -> int:
+    from mla_jax.bench import grouped
+
+    return _run_shapes(grouped, args, grouped.compile_ahead)
+
+
+def _run_shapes(
+    benchmark: Any, args: argparse.Namespace, compile_ahead: Callable[..., Any] | None = None
+) -> int:
+    """Every shape of a benchmark's module, mistakes first.
+
+    compile_ahead(shapes, backend): what its shapes need compiled, as `prepared`.
+    """
     from mla_jax.bench import timing
 
     shapes = benchmark.find_shapes(None if args.shapes == ["all"] else args.shapes)
@@ -363,6 +388,9 @@ def _run_shapes(benchmark: Any, args: argparse.Namespace) -> int:
     _check_outputs(args)
 
     ceilings = timing.measure_ceilings()
-    jobs = [benchmark.bench_shape(shape, ceilings, backend=args.backend) for shape in shapes]
+    options: dict[str, Any] = {"backend": args.backend}
+    if compile_ahead is not None:
+        options["prepared"] = compile_ahead(shapes, args.backend)
+    jobs = [benchmark.bench_shape(shape, ceilings, **options) for shape in shapes]
     _record(jobs, args, ceilings=ceilings)
     return 0
