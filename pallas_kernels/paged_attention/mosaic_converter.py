@@ -18,10 +18,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.mosaic_block import BOX, KEYS, LOWEST, Block
-from pallas_kernels.paged_attention.mosaic_inline import over_rows, row_layout, take, take_rows
+from pallas_kernels.paged_attention.mosaic_inline import (
+    keep_rows,
+    over_rows,
+    row_layout,
+    take,
+    take_rows,
+)
 from pallas_kernels.paged_attention.mosaic_producer import Ring, drain, load_queries
 from pallas_kernels.paged_attention.units import Segment
 from pallas_kernels.precision import FP8, GROUP
+
+
+CONVERTERS = 2
+"""Warpgroups that share a tile's rows: one alone waits for its own instructions."""
 
 
 class _Piece(NamedTuple):
@@ -32,53 +42,68 @@ class _Piece(NamedTuple):
     width: int
 
 
-def convert(c: Block, ring: Ring, *, ahead: int):
-    """Keeps the ring full, as `produce` does, with `ahead` pieces of keys in registers."""
+def convert(c: Block, ring: Ring, *, ahead: int, part: int):
+    """Keeps this part of the ring's rows full, as `produce` does, with `ahead` pieces in registers."""
+    rows = KEYS // CONVERTERS
+    own_rows = pl.ds(part * rows, rows)
     num_pages, page_size, latent = c.refs["ckv"].shape
     width = GROUP if c.refs["ckv"].dtype == FP8 else BOX
     cuts = sorted({*range(0, latent, width), c.half, latent})
     pieces = [_Piece("ckv", first, end - first) for first, end in itertools.pairwise(cuts)]
     if c.rope:
         pieces.append(_Piece("kpe", 0, c.refs["kpe"].shape[-1]))
-    # Fewer than a tile's, so that the next tile's slots are known when its pieces are fetched.
-    ahead = min(ahead, len(pieces) - 1)
+    groups = latent // GROUP if "slot_scales" in c.refs else 0
+    # At most a tile's, since of the tiles behind only the next one's slots are known.
+    ahead = min(ahead, len(pieces))
 
-    def slots(segment: Segment, tile):
-        """(the slot of each key of a tile, over all pages and clamped; whether there is one)."""
+    def key_of(tile):
+        return tile * KEYS + part * rows + _iota(c, rows)
+
+    def pages(segment: Segment, tile):
+        """The pages, as they are listed, of a tile's keys; any that are there behind the last."""
         last = jnp.maximum(lax.div(segment.length + (page_size - 1), jnp.int32(page_size)) - 1, 0)
-        key = tile * KEYS + _iota(c)
-        place = segment.first_id + jnp.minimum(lax.div(key, jnp.int32(page_size)), last)
-        page = _take(c, c.ids, jnp.clip(place, 0, c.ids.shape[0] - 1))
+        place = segment.first_id + jnp.minimum(lax.div(key_of(tile), jnp.int32(page_size)), last)
+        (page,) = _take(c, c.ids, jnp.clip(place, 0, c.ids.shape[0] - 1))
+        return page
+
+    def slots(segment: Segment, tile, page):
+        """(the slot of each key of a tile, over all pages; whether there is one; its scales)."""
+        key = key_of(tile)
         present = key < segment.length
         if c.sparse:
             present &= (page >= 0) & (page < num_pages)
         page = jnp.clip(page, 0, num_pages - 1)
-        return page * page_size + lax.rem(key, jnp.int32(page_size)), present
+        slot = page * page_size + lax.rem(key, jnp.int32(page_size))
+        return slot, present, _take(c, c.slot_scales, slot, groups) if groups else []
 
-    def fetch(piece: _Piece, slot, present):
-        """(numbers as they lie in memory, the scale of each row or None); 0 for absent keys."""
-        numbers = _take_rows(c, c.refs[piece.pool], slot, present, piece.first, piece.width)
-        if "slot_scales" not in c.refs or piece.pool != "ckv":
-            return numbers, None
-        groups = latent // GROUP
-        scale = _take(c, c.slot_scales, slot * groups + piece.first // GROUP)
-        return numbers, jnp.where(present, scale, 0.0)
+    def fetch(piece: _Piece, slot, present, scales):
+        """(numbers as they lie in memory; the scale of each row, or None)."""
+        del present
+        numbers = _take_rows(c, c.refs[piece.pool], slot, piece.first, piece.width)
+        scaled = groups and piece.pool == "ckv"
+        return numbers, scales[piece.first // GROUP] if scaled else None
 
-    def store(ref, numbers, scale):
+    def store(ref, numbers, scale, present):
+        """Absent keys are stored as 0: their numbers and scales may be NaN."""
+        numbers = _keep_rows(c, numbers, present)
         if numbers.dtype == FP8:
-            scale = c.scale[1] if scale is None else over_rows(scale, numbers.shape)
+            scale = c.scale[1] if scale is None else jnp.where(present, scale, 0.0)
+            scale = over_rows(scale, numbers.shape) if scale.ndim else scale
             numbers = numbers.astype(jnp.float16).astype(jnp.float32) * scale
         ref[...] = numbers.astype(ref.dtype)
 
     def segment_body(segment: Segment, carry):
         n, done = carry
-        load_queries(c, segment, done)
+        if part == 0:
+            load_queries(c, segment, done)
         tiles = c.tiles.step // KEYS
         begin, end = segment.begin * tiles, segment.end * tiles
 
         def tile(i, carry):
-            n, own, waiting = carry
-            slot = own, slots(segment, i + 1)
+            n, own, page, waiting = carry
+            # What a load gives is used a tile later: the pages, then slots and their scales.
+            slot = own, slots(segment, i + 1, page)
+            page = pages(segment, i + 2)
             queue, left = list(waiting), iter(range(len(pieces)))
 
             def put(pool, columns, to, full):
@@ -86,11 +111,11 @@ def convert(c: Block, ring: Ring, *, ahead: int):
                 first = 0
                 if c.sparse and pool is c.kpe:  # the last of a tile's places
                     bias = jnp.where(own[1], 0.0, LOWEST)
-                    c.bias_s.at[lax.rem(n, jnp.int32(c.bias_s.shape[0]))][...] = bias
+                    c.bias_s.at[lax.rem(n, jnp.int32(c.bias_s.shape[0])), own_rows][...] = bias
                 while first < to.shape[-1]:
                     piece = next(left)
                     width = pieces[piece].width
-                    store(to.at[:, pl.ds(first, width)], *queue.pop(0))
+                    store(to.at[own_rows, pl.ds(first, width)], *queue.pop(0), own[1])
                     tiles_ahead, coming = divmod(piece + ahead, len(pieces))
                     queue.append(fetch(pieces[coming], *slot[tiles_ahead]))
                     first += width
@@ -98,29 +123,36 @@ def convert(c: Block, ring: Ring, *, ahead: int):
                 plgpu.barrier_arrive(full)
 
             ring.load(c, n, put)
-            return n + 1, slot[1], tuple(queue)
+            return n + 1, slot[1], page, tuple(queue)
 
-        first = slots(segment, begin)
+        first, page = slots(segment, begin, pages(segment, begin)), pages(segment, begin + 1)
         waiting = tuple(fetch(piece, *first) for piece in pieces[:ahead])
-        n, *_ = lax.fori_loop(begin, end, tile, (n, first, waiting))
+        n, *_ = lax.fori_loop(begin, end, tile, (n, first, page, waiting))
         return n, done + 1
 
     n, done = c.segments_of_worker(segment_body, (jnp.int32(0), jnp.int32(0)))
-    drain(c, ring, n, done)
+    drain(c, ring, n, done if part == 0 else jnp.int32(0))
 
 
-def _iota(c: Block):
+def _iota(c: Block, rows: int):
     if c.interpret:
-        return lax.iota(jnp.int32, KEYS)
-    return plgpu.broadcasted_iota(jnp.int32, (KEYS,), 0, layout=row_layout())
+        return lax.iota(jnp.int32, rows)
+    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=row_layout())
 
 
-def _take(c: Block, ref, index) -> Any:
-    return ref[...][index] if c.interpret else take(ref, index)
-
-
-def _take_rows(c: Block, ref, slot, present, first: int, columns: int) -> Any:
+def _take(c: Block, ref, index, count: int = 1) -> Any:
     if c.interpret:
-        rows = ref[...].reshape(-1, ref.shape[-1])[slot, first : first + columns]
-        return jnp.where(present[:, None], rows, jnp.zeros_like(rows))
-    return take_rows(ref, slot, present, first, columns)
+        return [ref[...][count * index + i] for i in range(count)]
+    return take(ref, index, count)
+
+
+def _take_rows(c: Block, ref, slot, first: int, columns: int) -> Any:
+    if c.interpret:
+        return ref[...].reshape(-1, ref.shape[-1])[slot, first : first + columns]
+    return take_rows(ref, slot, first, columns)
+
+
+def _keep_rows(c: Block, numbers, present) -> Any:
+    if c.interpret:
+        return jnp.where(present[:, None], numbers, jnp.zeros_like(numbers))
+    return keep_rows(numbers, present)

@@ -68,7 +68,7 @@ from pallas_kernels.paged_attention.mosaic_block import (
     Block,
     MosaicTiles,
 )
-from pallas_kernels.paged_attention.mosaic_converter import convert
+from pallas_kernels.paged_attention.mosaic_converter import CONVERTERS, convert
 from pallas_kernels.paged_attention.mosaic_producer import HALVES, STRIPES, produce
 from pallas_kernels.paged_attention.mosaic_scores import score
 from pallas_kernels.paged_attention.mosaic_scratch import scratch
@@ -78,7 +78,7 @@ from pallas_kernels.paged_attention.mosaic_values import sum_values
 
 __all__ = ["BOX", "KEYS", "ROWS", "MosaicTiles", "attend_pages_mosaic", "role_names"]
 
-REGISTERS = {"twins": 152, "turns": 160, "seesaw": 208}
+REGISTERS = {"twins": 152, "turns": 144, "seesaw": 192}
 """A thread's of the consumers, beside a converter."""
 PROFILED = 120
 """Stages of a warpgroup that a profile has room for, in what shared memory is left."""
@@ -147,8 +147,13 @@ def _roles(tiles: MosaicTiles) -> list[_Role]:
         registers = REGISTERS[tiles.order] if tiles.ahead else 232
         consumers = [_Role(f"{name} {w}", registers, functools.partial(run, w=w)) for w in (0, 1)]
     if tiles.ahead:
+        left = (512 - 2 * consumers[0].registers) // CONVERTERS // 8 * 8
         run = functools.partial(convert, ring=ring, ahead=tiles.ahead)
-        return [*consumers, _Role("converter", 504 - 2 * consumers[0].registers, run)]
+        converters = [
+            _Role(f"converter {part}", left, functools.partial(run, part=part))
+            for part in range(CONVERTERS)
+        ]
+        return [*consumers, *converters]
     run = functools.partial(produce, ring=ring)
     return [*consumers, _Role("producer", 40, run)]
 
@@ -247,7 +252,7 @@ def attend_pages_mosaic(
             latent=latent,
             rope=rope > 0,
             sparse=sparse,
-            boxes=1 if tiles.ahead else max(1, KEYS // ckv_cache.shape[1]),
+            boxes=CONVERTERS if tiles.ahead else max(1, KEYS // ckv_cache.shape[1]),
             dtype=dtype,
         ),
         compiler_params=plgpu.CompilerParams(

@@ -45,67 +45,100 @@ def store_pieces(ref, value):
         store(ref, value, optimized=False)
 
 
-def take(ref, index):
-    """ref[index] of a list in device memory, for int32 `index` [64] by `row_layout()`."""
+def take(ref, index, count: int = 1):
+    """The arrays ref[count * index + i], i < count, of a list in device memory.
+
+    index: int32 [rows] by `row_layout()`.
+    """
     layout = row_layout()
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), layout),
-        return_type=plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout=layout),
+        return_type=[plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout=layout)] * count,
     )
     def take(ctx, ref, index):
         del ctx
         kind = ir.MemRefType(ref.type).element_type
         size = mgpu.utils.bytewidth(kind)
-        found = np.empty_like(index.registers)
+        found = [np.empty_like(index.registers) for _ in range(count)]
         for at, i in np.ndenumerate(index.registers):
-            place = _address(ref, vector.extract(i, [], [0]), size)
-            value = llvm.load(kind, place, alignment=size, invariant=True)
-            found[at] = vector.broadcast(ir.VectorType.get((1,), kind), value)
-        return _array(found, layout)
+            place = _address(ref, vector.extract(i, [], [0]), count * size)
+            whole = ir.VectorType.get((count,), kind)
+            aligned = size * (count & -count)
+            values = llvm.load(whole, place, alignment=aligned, invariant=True)
+            for j in range(count):
+                value = vector.extract(values, [], [j])
+                found[j][at] = vector.broadcast(ir.VectorType.get((1,), kind), value)
+        return [_array(one, layout) for one in found]
 
     return take(ref, index)
 
 
-def take_rows(ref, row, present, first: int, columns: int):
-    """[64, columns] of a pool [pages, page, width]: the columns from `first` on of its slots `row`.
+def take_rows(ref, row, first: int, columns: int):
+    """[rows, columns] of a pool [pages, page, width]: columns from `first` on of its slots `row`.
 
-    row: int32 [64] by `row_layout()`, counted over all pages; present: bool, likewise: other rows
-    are 0, whatever the pool holds; columns: a multiple of 64.
+    row: int32 [rows] by `row_layout()`, counted over all pages; columns: a multiple of 64.
     """
-    layout, width = tile_layout(), ref.shape[-1]
+    (rows,), width = row.shape, ref.shape[-1]
+    layout = tile_layout()
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), row_layout(), row_layout()),
-        return_type=plgpu.ShapeDtypeStruct((64, columns), ref.dtype, layout=layout),
+        arg_types=(plgpu.RefType(), row_layout()),
+        return_type=plgpu.ShapeDtypeStruct((rows, columns), ref.dtype, layout=layout),
     )
-    def take_rows(ctx, ref, row, present):
+    def take_rows(ctx, ref, row):
         del ctx
         i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         kind = ir.MemRefType(ref.type).element_type
         size = mgpu.utils.bytewidth(kind)
         vector_type = ir.VectorType.get((VECTOR,), kind)
         words_type = ir.VectorType.get((VECTOR * size // 4,), i32)
-        zeros = arith.constant(words_type, ir.DenseElementsAttr.get_splat(words_type, _zero(i32)))
         lane = arith.remui(mgpu.thread_idx(), arith.constant(i32, 64 // VECTOR))
         lane = arith.extui(i64, arith.muli(lane, arith.constant(i32, VECTOR)))
-        found = np.empty(layout.to_mgpu().registers_shape((64, columns)), dtype=object)
+        found = np.empty(layout.to_mgpu().registers_shape((rows, columns)), dtype=object)
         by_row = found.reshape(len(row.registers.flat), columns // 64)
-        for i, (one, there) in enumerate(
-            zip(row.registers.flat, present.registers.flat, strict=True)
-        ):
-            there = vector.extract(there, [], [0])
+        for i, one in enumerate(row.registers.flat):
             slot = arith.extsi(i64, vector.extract(one, [], [0]))
             slot = arith.addi(arith.muli(slot, arith.constant(i64, width)), lane)
             for j in range(columns // 64):
                 place = arith.addi(slot, arith.constant(i64, first + 64 * j))
                 address = _address(ref, place, size)
                 words = llvm.load(words_type, address, alignment=VECTOR * size, invariant=True)
-                words = arith.select(there, words, zeros)
                 by_row[i, j] = vector.bitcast(vector_type, words)
-        return _array(by_row.reshape(found.shape), layout)
+        return _array(found, layout)
 
-    return take_rows(ref, row, present)
+    return take_rows(ref, row)
+
+
+def keep_rows(numbers, present):
+    """numbers [rows, columns] by `tile_layout()`, but 0, whatever they are, where a row is not.
+
+    present: bool [rows] by `row_layout()`.
+    """
+    layout = tile_layout()
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, row_layout()),
+        return_type=plgpu.ShapeDtypeStruct(numbers.shape, numbers.dtype, layout=layout),
+    )
+    def keep_rows(ctx, numbers, present):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        found = np.empty_like(numbers.registers)
+        rows = numbers.registers.reshape(present.registers.size, -1)
+        kept = found.reshape(rows.shape)
+        for (i, j), register in np.ndenumerate(rows):
+            there = vector.extract(present.registers.flat[i], [], [0])
+            size = VECTOR * mgpu.utils.bitwidth(ir.VectorType(register.type).element_type) // 32
+            words_type = ir.VectorType.get((size,), i32)
+            zeros = arith.constant(
+                words_type, ir.DenseElementsAttr.get_splat(words_type, _zero(i32))
+            )
+            words = arith.select(there, vector.bitcast(words_type, register), zeros)
+            kept[i, j] = vector.bitcast(register.type, words)
+        return _array(found, layout)
+
+    return keep_rows(numbers, present)
 
 
 VECTOR = 8
@@ -114,7 +147,7 @@ VECTOR = 8
 
 @functools.cache
 def tile_layout():
-    """Of a gathered tile: eight threads hold 64 columns of a row, a warp four rows of 16.
+    """Of gathered rows: eight threads hold 64 columns of a row, a warp four rows of 16.
 
     So a thread has few rows, to which scales and ids belong, and eight threads store one line of a
     swizzled box.
@@ -128,7 +161,7 @@ def tile_layout():
 
 
 def row_layout():
-    """Of one number for each row of a gathered tile."""
+    """Of one number for each gathered row."""
     return tile_layout().reduce(1)
 
 

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import current_device
 from pallas_kernels.exponential import NEG_INF
-from pallas_kernels.paged_attention.mosaic_block import GRID
+from pallas_kernels.paged_attention.mosaic_block import GRID, THREAD
 from pallas_kernels.paged_attention.tiles import DEFAULT_CORES
 
-BLOCKS_PER_CORE = 4
+BLOCKS_PER_CORE, WARPGROUPS = 1, 4
 FEWEST_COLUMNS = 128
 MANY_ROWS = 512
 """So many rows that one block a row fills the device."""
@@ -43,7 +43,8 @@ def _kernel(
 ):
     """Every so many-th of all rows' stretches of columns."""
     per_row = part.shape[1] // columns
-    first, stride = lax.axis_index(GRID), lax.axis_size(GRID)
+    first = lax.axis_index(GRID) * WARPGROUPS + lax.axis_index(THREAD)
+    stride = lax.axis_size(GRID) * WARPGROUPS
     items = splits[0] * (slot_rows * per_row)
 
     def merge_of(item):
@@ -147,8 +148,10 @@ def merge_parts_mosaic(
     items = rows * (latent // columns)
     merge = plgpu.kernel(
         functools.partial(_kernel, parts=parts, columns=columns, slot_rows=slot_rows),
-        grid=(min(items, BLOCKS_PER_CORE * cores),),
+        grid=(min(-(-items // WARPGROUPS), BLOCKS_PER_CORE * cores),),
         grid_names=(GRID,),
+        num_threads=WARPGROUPS,
+        thread_name=THREAD,
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),

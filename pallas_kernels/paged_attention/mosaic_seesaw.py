@@ -3,6 +3,8 @@
 # The stubs of Pallas' decorators and of its accumulators say less than is there.
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -34,6 +36,8 @@ def consume(c: Block, w: int):
     dtype = c.refs["q_nope"].dtype
     scale = c.scale[0] * LOG2_E
 
+    columns = _columns(c)
+
     def scores(z):
         def products(acc):
             add_scores(c, acc, w + z, z)
@@ -45,21 +49,28 @@ def consume(c: Block, w: int):
         """acc + p @ (half w of a tile's latents); p None: what the other consumer has published."""
         if c.interpret:
             # The interpreter has neither accumulators with a value nor products of registers.
-            def product(ref):
-                plgpu.wgmma(ref, c.p_s.at[tile], c.k_s.at[tile, w])
+            def product(ref, at):
+                plgpu.wgmma(ref, c.p_s.at[tile], c.k_s.at[tile, w, :, at])
                 return ref[...]
 
-            return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+            return [
+                a + pl.run_scoped(functools.partial(product, at=at), plgpu.ACC(a.shape, a.dtype))
+                for a, at in zip(acc, columns, strict=True)
+            ]
 
-        def accumulate(ref):
-            plgpu.wgmma(ref, c.p_s.at[tile + z] if p is None else p, c.k_s.at[tile + z, w])
+        def accumulate(refs):
+            add_products(refs, c.p_s.at[tile + z] if p is None else p, tile + z)
 
-        return pl.run_state(accumulate)(plgpu.ACC.init(acc))
+        return pl.run_state(accumulate)([plgpu.ACC.init(a) for a in acc])
+
+    def add_products(refs, p, tile):
+        for ref, at in zip(refs, columns, strict=True):
+            plgpu.wgmma(ref, p, c.k_s.at[tile, w, :, at])
 
     def rescale(acc, keep):
-        return (
-            acc * over_rows(keep, acc.shape) if c.interpret else rescale_if_needed([acc], keep)[0]
-        )
+        if c.interpret:
+            return [a * over_rows(keep, a.shape) for a in acc]
+        return rescale_if_needed(acc, keep)
 
     def take(tile):
         """The other consumer's maximum, once its probabilities are there."""
@@ -89,14 +100,16 @@ def consume(c: Block, w: int):
         """Consumer 1's turn, with its softmax beside the products of the other's tile."""
 
         def body(refs):
-            s_ref, acc_ref, m_ref, l_ref, p_ref, keep_ref = refs
+            s_ref, acc_refs, m_ref, l_ref, p_ref, keep_ref = refs
             add_scores(c, s_ref, w + z, z)
             m0 = take(other)
             keep = jnp.exp2(m_ref[...] - m0)
-            # Not a read of acc_ref[...], which would wait for the scores.
-            acc_ref[...] = rescale(plgpu.wgmma_accumulator_load(acc_ref, wait_n=None), keep)
-            plgpu.wgmma(acc_ref, c.p_s.at[other + z], c.k_s.at[other + z, w])
-            s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1) * scale
+            # Not reads of ref[...], which would wait for the scores.
+            sums = [plgpu.wgmma_accumulator_load(ref, wait_n=None) for ref in acc_refs]
+            for ref, a in zip(acc_refs, rescale(sums, keep), strict=True):
+                ref[...] = a
+            add_products(acc_refs, c.p_s.at[other + z], other + z)
+            s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(acc_refs)) * scale
             s = hide(c, s, 2 * i + w, segment, limit, w)
             clear_unused(c, 2 * i + w, segment, w)
             p, m1 = softmax(m0, s)
@@ -107,7 +120,8 @@ def consume(c: Block, w: int):
             l_ref[...] = l_ref[...] * keep * keep_ref[...] + sum_rows(p)
 
         zeros = plgpu.layout_cast(jnp.full((ROWS, KEYS), 0, jnp.float32), plgpu.Layout.WGMMA)
-        start = (plgpu.ACC.init(zeros), plgpu.ACC.init(acc), m, l, zeros.astype(dtype), m)
+        sums = [plgpu.ACC.init(a) for a in acc]
+        start = (plgpu.ACC.init(zeros), sums, m, l, zeros.astype(dtype), m)
         _, acc, m, l, p16, keep = pl.run_state(body)(start)
         c.release(other, w)
         acc = add_values(rescale(acc, keep), p16, w, z)
@@ -128,34 +142,45 @@ def consume(c: Block, w: int):
                 return others_tile(*own_tile(*carry, s, z), z)
             return own_tile(*others_tile(*carry, z), s, z)
 
-        zeros = jnp.full((ROWS, c.half), 0, jnp.float32)
-        start = (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA), *no_sums())
-        acc, m, l = lax.fori_loop(segment.begin, segment.end, pair, start)
-        _finish(c, w, segment, acc, m, l)
+        sums = [
+            plgpu.layout_cast(jnp.full((ROWS, at.size), 0, jnp.float32), plgpu.Layout.WGMMA)
+            for at in columns
+        ]
+        acc, m, l = lax.fori_loop(segment.begin, segment.end, pair, (sums, *no_sums()))
+        _finish(c, w, segment, columns, acc, m, l)
         return carry
 
     c.segments_of_worker(segment_body, jnp.int32(0))
 
 
-def _finish(c: Block, w: int, segment: Segment, acc, m, l):
+def _columns(c: Block) -> list[pl.Slice]:
+    """How a consumer's half of the output's columns is cut into products.
+
+    Beside two converters ptxas refuses accumulators of more than 128 registers a thread.
+    """
+    width = 128 if c.tiles.ahead else c.half
+    return [pl.ds(first, min(width, c.half - first)) for first in range(0, c.half, width)]
+
+
+def _finish(c: Block, w: int, segment: Segment, columns, acc, m, l):
     """Both consumers' sums together, and this one's half of the columns into device memory."""
     c.row_s.at[STAGES + w][...] = l
     plgpu.barrier_arrive(c.done.at[0])
     plgpu.barrier_wait(c.done.at[0])
     l = l + plgpu.load(c.row_s.at[STAGES + 1 - w], layout=ROW_LAYOUT)
     factor, lse = close(m, l)
-    acc = acc * over_rows(factor, acc.shape)
-    columns = pl.ds(w * c.half, c.half)
+    acc = [a * over_rows(factor, a.shape) for a in acc]
 
     @pl.when(segment.slot < 0)
     def _():
         # The queries have been used by both: their place serves to stage the result.
         at, rows = c.rows_of(segment), pl.ds(0, c.rows)
-        c.q_s.at[w][...] = acc.astype(c.out.dtype)
+        for a, one in zip(acc, columns, strict=True):
+            c.q_s.at[w, :, one][...] = a.astype(c.out.dtype)
         if w == 0:
             c.row_s.at[2 * STAGES][...] = lse
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(c.q_s.at[w, rows], c.out.at[at, columns])
+        plgpu.copy_smem_to_gmem(c.q_s.at[w, rows], c.out.at[at, pl.ds(w * c.half, c.half)])
         if w == 0:
             plgpu.copy_smem_to_gmem(c.row_s.at[2 * STAGES, rows], c.lse.at[at])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -163,7 +188,9 @@ def _finish(c: Block, w: int, segment: Segment, acc, m, l):
     @pl.when(segment.slot >= 0)
     def _():
         rows = pl.ds(c.block * ROWS, ROWS)
-        c.part.at[segment.slot, rows, columns][...] = acc
+        for a, one in zip(acc, columns, strict=True):
+            place = pl.ds(w * c.half + one.start, one.size)
+            c.part.at[segment.slot, rows, place][...] = a
         if w == 0:
             c.part_lse.at[segment.slot, rows][...] = lse
 

@@ -23,10 +23,11 @@ from pallas_kernels.paged_decode.splits import fixed_splits
 from pallas_kernels.schedule import WorkerPlan, plan_workers, spread
 
 OLDEST_JAX = (0, 11)
+TURNS_ROWS = 16
+"""Up to as many query rows have room for the sums of both consumers' turns."""
 TWINS_ROWS, TWINS_REQUESTS = 32, 64
 """Up to as many query rows of up to as many requests stand on the products' N: a tile takes less
 time. More requests wait for memory, and twins, who both read every tile, take more power."""
-UNMEASURED = "keys through registers, which has not been measured on a GPU yet"
 FEW_ROWS, FEW_REQUESTS = 16, 8
 """Up to as many rows of up to as many requests, Triton's kernel is faster: it starts sooner."""
 
@@ -58,8 +59,6 @@ def unfit(device: Device) -> str | None:
 
 def outrun(problem: PagedProblem) -> str | None:
     """None if no other backend is faster at `problem`, else the reason why."""
-    if problem.scaled is not None:
-        return UNMEASURED
     if problem.rows <= FEW_ROWS and problem.batch <= FEW_REQUESTS:
         return (
             f"{problem.batch} requests of {problem.rows} query rows, too few for blocks of {ROWS}"
@@ -74,6 +73,8 @@ def default_mosaic_tiles(problem: PagedProblem, *, gathers: bool = False) -> Mos
     gathers: keys come through registers, as those of an e4m3 cache or by token must. With these a
     block has the fewer registers for its consumers, and no multicast.
     """
+    if problem.rows <= TURNS_ROWS:
+        return MosaicTiles(cluster=1, order="turns", ahead=5 if gathers else 0)
     if gathers:
         if problem.rows <= TWINS_ROWS:
             return MosaicTiles(cluster=1, order="twins", ahead=4)
