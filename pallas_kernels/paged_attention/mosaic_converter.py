@@ -29,7 +29,6 @@ from pallas_kernels.paged_attention.mosaic_producer import Ring, drain, load_que
 from pallas_kernels.paged_attention.units import Segment
 from pallas_kernels.precision import FP8, GROUP
 
-
 CONVERTERS = 2
 """Warpgroups that share a tile's rows: one alone waits for its own instructions."""
 
@@ -43,7 +42,7 @@ class _Piece(NamedTuple):
 
 
 def convert(c: Block, ring: Ring, *, ahead: int, part: int):
-    """Keeps this part of the ring's rows full, as `produce` does, with `ahead` pieces in registers."""
+    """Keeps part of each tile's rows full, as `produce` does, with `ahead` pieces in registers."""
     rows = KEYS // CONVERTERS
     own_rows = pl.ds(part * rows, rows)
     num_pages, page_size, latent = c.refs["ckv"].shape

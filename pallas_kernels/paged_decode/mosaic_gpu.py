@@ -28,6 +28,7 @@ TURNS_ROWS = 16
 TWINS_ROWS, TWINS_REQUESTS = 32, 64
 """Up to as many query rows of up to as many requests stand on the products' N: a tile takes less
 time. More requests wait for memory, and twins, who both read every tile, take more power."""
+UNCHECKED = "few rows whose keys come through registers, not checked again on a GPU yet"
 FEW_ROWS, FEW_REQUESTS = 16, 8
 """Up to as many rows of up to as many requests, Triton's kernel is faster: it starts sooner."""
 
@@ -59,6 +60,8 @@ def unfit(device: Device) -> str | None:
 
 def outrun(problem: PagedProblem) -> str | None:
     """None if no other backend is faster at `problem`, else the reason why."""
+    if (problem.scaled or problem.op == "token_sparse") and problem.rows <= TWINS_ROWS:
+        return UNCHECKED
     if problem.rows <= FEW_ROWS and problem.batch <= FEW_REQUESTS:
         return (
             f"{problem.batch} requests of {problem.rows} query rows, too few for blocks of {ROWS}"
