@@ -153,7 +153,7 @@ def consume(c: Block, w: int):
     c.segments_of_worker(segment_body, jnp.int32(0))
 
 
-def _columns(c: Block) -> list[pl.Slice]:
+def _columns(c: Block) -> list:
     """How a consumer's half of the output's columns is cut into products.
 
     Beside two converters ptxas refuses accumulators of more than 128 registers a thread.

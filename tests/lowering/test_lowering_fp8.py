@@ -23,7 +23,7 @@ FP8 = jnp.float8_e4m3fn
 @pytest.mark.parametrize("scaled", ["slot", "tensor", "tensor_kpe", "one"])
 @pytest.mark.parametrize("heads", [16, 128])
 def test_paged(heads, scaled):
-    """bf16 queries over an fp8 cache, decode and prefill; no backend named means Triton."""
+    """bf16 queries over an fp8 cache, decode and prefill, by Triton."""
     for page_size, tokens in ((1, 1), (64, 1), (64, 4), (256, 1), (64, 0)):
         q_nope, q_pe, ckv, kpe, *requests = paged_shapes(heads, page_size, tokens)
         scales = Shape((*ckv.shape[:2], 4) if scaled == "slot" else (), jnp.float32)
@@ -31,7 +31,8 @@ def test_paged(heads, scaled):
         op = paged_decode if tokens else paged_prefill
 
         def run(scales, *args, op=op):
-            return op(*args, sm_scale=0.07, kv_scales=None if scaled == "one" else scales)
+            given = None if scaled == "one" else scales
+            return op(*args, sm_scale=0.07, kv_scales=given, backend="triton")
 
         shapes = (scales, q_nope, q_pe, Shape(ckv.shape, FP8), kpe, *requests)
         assert kernels(run, *shapes) == PAGED
