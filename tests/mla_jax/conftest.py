@@ -3,15 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benched import Run
 from flax import nnx
 from safetensors.numpy import save_file
 
 from mla_jax import Decoder, ModelConfig
+from mla_jax.bench import timing
+from mla_jax.cli.main import main
 
 
 @pytest.fixture
@@ -28,6 +32,27 @@ def random_model(rng: np.random.Generator) -> Callable[[ModelConfig], Decoder]:
         return model
 
     return build
+
+
+@pytest.fixture
+def bench_command(monkeypatch, capsys) -> Callable[..., Run]:
+    """Makes a run of `mla-jax bench` of a module over tiny shapes, with made-up ceilings.
+
+    run(*argv): (status, out, err).
+    """
+
+    def make(module: ModuleType, shapes: dict[str, Any], ceilings: dict[str, float]) -> Run:
+        monkeypatch.setattr(module, "SHAPES", shapes)
+        monkeypatch.setattr(timing, "measure_ceilings", lambda: ceilings)
+        monkeypatch.setattr(timing, "BURST_SECONDS", 1e-3)
+
+        def run(*argv: str) -> tuple[int, str, str]:
+            status = main(["bench", module.__name__.rpartition(".")[2], *argv])
+            return status, *capsys.readouterr()
+
+        return run
+
+    return make
 
 
 @pytest.fixture

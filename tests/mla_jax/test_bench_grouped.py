@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benched import assert_refused
 from oracles import float64, softmax_sum
 
 from mla_jax.bench import grouped, grouped_programs, report, timing
-from mla_jax.cli.main import main
 
 CEILINGS = {"bandwidth_gb_s": 100.0, "matmul_tflop_s": 0.5, "copy_gb_s": 80.0}
 DECODE = grouped_programs.DecodeShape(
@@ -158,17 +158,9 @@ def test_every_call_gathers_for_itself(seed):
 
 
 @pytest.fixture
-def tiny_run(monkeypatch, capsys):
+def tiny_run(bench_command):
     """`mla-jax bench grouped` over tiny shapes, with made-up ceilings: (status, out, err)."""
-    monkeypatch.setattr(grouped, "SHAPES", TINY)
-    monkeypatch.setattr(timing, "measure_ceilings", lambda: CEILINGS)
-    monkeypatch.setattr(timing, "BURST_SECONDS", 1e-3)
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        status = main(["bench", "grouped", *argv])
-        return status, *capsys.readouterr()
-
-    return run
+    return bench_command(grouped, TINY, CEILINGS)
 
 
 def test_command_writes_its_rows(tiny_run, tmp_path):
@@ -211,10 +203,7 @@ def test_command_writes_its_rows(tiny_run, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_before_measuring(tiny_run, argv, words):
-    status, out, err = tiny_run(*argv)
-    assert (status, out) == (2, "")
-    assert words in err
-    assert err.count("\n") == 1
+    assert_refused(tiny_run, argv, words)
 
 
 def prepared(ours: float, peers: float) -> dict[str, grouped.Prepared]:

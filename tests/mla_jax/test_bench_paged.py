@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from benched import assert_refused
 
 from mla_jax.bench import paged, peers, plot, report, results, timing
-from mla_jax.cli.main import main
 from mla_jax.paged import DEFAULT_SM_SCALE
 
 CEILINGS = {"bandwidth_gb_s": 100.0, "matmul_tflop_s": 0.5}
@@ -202,16 +202,9 @@ def test_bursts_take_turns():
 
 
 @pytest.fixture
-def tiny_run(monkeypatch, capsys):
+def tiny_run(bench_command):
     """`mla-jax bench paged` over the tiny shape, with made-up ceilings: (status, out, err)."""
-    monkeypatch.setattr(paged, "SHAPES", {"tiny": TINY})
-    monkeypatch.setattr(timing, "measure_ceilings", lambda: CEILINGS)
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        status = main(["bench", "paged", *argv])
-        return status, *capsys.readouterr()
-
-    return run
+    return bench_command(paged, {"tiny": TINY}, CEILINGS)
 
 
 def test_command_writes_its_rows(tiny_run, tmp_path):
@@ -239,10 +232,7 @@ def test_command_writes_its_rows(tiny_run, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_before_measuring(tiny_run, argv, words):
-    status, out, err = tiny_run(*argv)
-    assert (status, out) == (2, "")
-    assert words in err
-    assert err.count("\n") == 1
+    assert_refused(tiny_run, argv, words)
 
 
 def test_a_missing_peer_is_one_line(tiny_run, monkeypatch):

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benched import assert_refused
 
-from mla_jax.bench import prefill, timing
-from mla_jax.cli.main import main
+from mla_jax.bench import prefill
 
 CEILINGS = {"bandwidth_gb_s": 100.0, "matmul_tflop_s": 0.5}
 TINY = {
@@ -109,16 +109,9 @@ def test_padded_values_change_nothing(seed, monkeypatch, name):
 
 
 @pytest.fixture
-def tiny_run(monkeypatch, capsys):
+def tiny_run(bench_command):
     """`mla-jax bench prefill` over tiny shapes, with made-up ceilings: (status, out, err)."""
-    monkeypatch.setattr(prefill, "SHAPES", TINY)
-    monkeypatch.setattr(timing, "measure_ceilings", lambda: CEILINGS)
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        status = main(["bench", "prefill", *argv])
-        return status, *capsys.readouterr()
-
-    return run
+    return bench_command(prefill, TINY, CEILINGS)
 
 
 def test_command_writes_its_rows(tiny_run, tmp_path):
@@ -141,10 +134,7 @@ def test_command_writes_its_rows(tiny_run, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_before_measuring(tiny_run, argv, words):
-    status, out, err = tiny_run(*argv)
-    assert (status, out) == (2, "")
-    assert words in err
-    assert err.count("\n") == 1
+    assert_refused(tiny_run, argv, words)
 
 
 def test_another_output_is_an_error(seed, monkeypatch):

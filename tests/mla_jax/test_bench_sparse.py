@@ -5,10 +5,10 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benched import assert_refused
 from oracles import float64, softmax_sum
 
-from mla_jax.bench import peers, sparse, timing
-from mla_jax.cli.main import main
+from mla_jax.bench import peers, sparse
 from mla_jax.paged import DEFAULT_SM_SCALE
 
 CEILINGS = {"bandwidth_gb_s": 100.0, "matmul_tflop_s": 0.5}
@@ -51,17 +51,9 @@ def test_what_is_timed_is_right(seed, dtype):
 
 
 @pytest.fixture
-def tiny_run(monkeypatch, capsys):
+def tiny_run(bench_command):
     """`mla-jax bench sparse` over a tiny shape, with made-up ceilings: (status, out, err)."""
-    monkeypatch.setattr(sparse, "SHAPES", {"tiny": TINY})
-    monkeypatch.setattr(timing, "measure_ceilings", lambda: CEILINGS)
-    monkeypatch.setattr(timing, "BURST_SECONDS", 1e-3)
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        status = main(["bench", "sparse", *argv])
-        return status, *capsys.readouterr()
-
-    return run
+    return bench_command(sparse, {"tiny": TINY}, CEILINGS)
 
 
 def test_command_writes_its_rows(tiny_run, tmp_path):
@@ -88,10 +80,7 @@ def test_command_writes_its_rows(tiny_run, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_before_measuring(tiny_run, argv, words):
-    status, out, err = tiny_run(*argv)
-    assert (status, out) == (2, "")
-    assert words in err
-    assert err.count("\n") == 1
+    assert_refused(tiny_run, argv, words)
 
 
 def test_flash_mla_where_it_can_run(seed, monkeypatch):
