@@ -1,9 +1,10 @@
 """The other producer of the Mosaic GPU kernel: keys through registers, for a float8_e4m3fn cache.
 
 The tensor cores take latents in the queries' dtype, and as values only that, so the copy engine
-cannot bring them. This warpgroup gathers a tile's rows by their slots, multiplies what has scales
-and stores tiles as `produce` would have loaded them. Some pieces of a tile, or of the next one, are
-on their way to its registers while it converts those in front.
+cannot bring them. These warpgroups gather a tile's rows by their slots, multiply what has scales
+and store tiles as `produce` would have loaded them. Some pieces of a tile, or of the next one, are
+on their way to registers while those in front are converted. Nothing may use what is on its way: a
+choice between it and 0, made where it is loaded, would wait for the memory in every tile.
 """
 
 # Older versions of jax, which `unsupported` refuses, have less of this dialect.
@@ -41,8 +42,19 @@ class _Piece(NamedTuple):
     width: int
 
 
+class _Slots(NamedTuple):
+    """Of each key of a tile: its slot over all pages, whether there is one, its groups' scales."""
+
+    slot: Any
+    present: Any
+    scales: list[Any]
+
+
 def convert(c: Block, ring: Ring, *, ahead: int, part: int):
-    """Keeps part of each tile's rows full, as `produce` does, with `ahead` pieces in registers."""
+    """Keeps the ring full, as `produce` does, of this part of each tile's rows.
+
+    ahead: pieces in registers.
+    """
     rows = KEYS // CONVERTERS
     own_rows = pl.ds(part * rows, rows)
     num_pages, page_size, latent = c.refs["ckv"].shape
@@ -65,22 +77,20 @@ def convert(c: Block, ring: Ring, *, ahead: int, part: int):
         (page,) = _take(c, c.ids, jnp.clip(place, 0, c.ids.shape[0] - 1))
         return page
 
-    def slots(segment: Segment, tile, page):
-        """(the slot of each key of a tile, over all pages; whether there is one; its scales)."""
+    def slots(segment: Segment, tile, page) -> _Slots:
         key = key_of(tile)
         present = key < segment.length
         if c.sparse:
             present &= (page >= 0) & (page < num_pages)
         page = jnp.clip(page, 0, num_pages - 1)
         slot = page * page_size + lax.rem(key, jnp.int32(page_size))
-        return slot, present, _take(c, c.slot_scales, slot, groups) if groups else []
+        return _Slots(slot, present, _take(c, c.slot_scales, slot, groups) if groups else [])
 
-    def fetch(piece: _Piece, slot, present, scales):
+    def fetch(piece: _Piece, tile: _Slots):
         """(numbers as they lie in memory; the scale of each row, or None)."""
-        del present
-        numbers = _take_rows(c, c.refs[piece.pool], slot, piece.first, piece.width)
+        numbers = _take_rows(c, c.refs[piece.pool], tile.slot, piece.first, piece.width)
         scaled = groups and piece.pool == "ckv"
-        return numbers, scales[piece.first // GROUP] if scaled else None
+        return numbers, tile.scales[piece.first // GROUP] if scaled else None
 
     def store(ref, numbers, scale, present):
         """Absent keys are stored as 0: their numbers and scales may be NaN."""
@@ -101,7 +111,7 @@ def convert(c: Block, ring: Ring, *, ahead: int, part: int):
         def tile(i, carry):
             n, own, page, waiting = carry
             # What a load gives is used a tile later: the pages, then slots and their scales.
-            slot = own, slots(segment, i + 1, page)
+            known = own, slots(segment, i + 1, page)
             page = pages(segment, i + 2)
             queue, left = list(waiting), iter(range(len(pieces)))
 
@@ -109,23 +119,23 @@ def convert(c: Block, ring: Ring, *, ahead: int, part: int):
                 del columns  # the pieces come in the order of the ring's
                 first = 0
                 if c.sparse and pool is c.kpe:  # the last of a tile's places
-                    bias = jnp.where(own[1], 0.0, LOWEST)
+                    bias = jnp.where(own.present, 0.0, LOWEST)
                     c.bias_s.at[lax.rem(n, jnp.int32(c.bias_s.shape[0])), own_rows][...] = bias
                 while first < to.shape[-1]:
                     piece = next(left)
                     width = pieces[piece].width
-                    store(to.at[own_rows, pl.ds(first, width)], *queue.pop(0), own[1])
+                    store(to.at[own_rows, pl.ds(first, width)], *queue.pop(0), own.present)
                     tiles_ahead, coming = divmod(piece + ahead, len(pieces))
-                    queue.append(fetch(pieces[coming], *slot[tiles_ahead]))
+                    queue.append(fetch(pieces[coming], known[tiles_ahead]))
                     first += width
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(full)
 
             ring.load(c, n, put)
-            return n + 1, slot[1], page, tuple(queue)
+            return n + 1, known[1], page, tuple(queue)
 
         first, page = slots(segment, begin, pages(segment, begin)), pages(segment, begin + 1)
-        waiting = tuple(fetch(piece, *first) for piece in pieces[:ahead])
+        waiting = tuple(fetch(piece, first) for piece in pieces[:ahead])
         n, *_ = lax.fori_loop(begin, end, tile, (n, first, page, waiting))
         return n, done + 1
 

@@ -37,8 +37,8 @@ one waits for its softmax, the other keeps the tensor cores busy.
     consumer 0: scores 0 . softmax 0 . values 0 (left)               . values 1 (left)
     consumer 1: scores 1 .             values 0 (right) | softmax 1  . values 1 (right)
 
-An e4m3 cache, or tokens that a list names one by one, come through the registers of a converter in
-the producer's place, beside twins, turns or the seesaw.
+An e4m3 cache, or tokens that a list names one by one, come through the registers of two converters
+in the producer's place, beside twins, turns or the seesaw.
 
 mosaic_producer.py or mosaic_converter.py, mosaic_twins.py, mosaic_scores.py with mosaic_values.py,
 and mosaic_seesaw.py hold the roles, mosaic_tile.py what the last two do with a tile.
@@ -79,7 +79,7 @@ from pallas_kernels.paged_attention.mosaic_values import sum_values
 __all__ = ["BOX", "KEYS", "ROWS", "MosaicTiles", "attend_pages_mosaic", "role_names"]
 
 REGISTERS = {"twins": 152, "turns": 144, "seesaw": 192}
-"""A thread's of the consumers, beside a converter."""
+"""A thread's of the consumers, beside converters."""
 PROFILED = 120
 """Stages of a warpgroup that a profile has room for, in what shared memory is left."""
 

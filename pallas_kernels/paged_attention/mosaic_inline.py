@@ -124,18 +124,18 @@ def keep_rows(numbers, present):
     def keep_rows(ctx, numbers, present):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
+        kind = ir.VectorType(numbers.registers.flat[0].type)
+        words_type = ir.VectorType.get(
+            (VECTOR * mgpu.utils.bitwidth(kind.element_type) // 32,), i32
+        )
+        zeros = arith.constant(words_type, ir.DenseElementsAttr.get_splat(words_type, _zero(i32)))
         found = np.empty_like(numbers.registers)
         rows = numbers.registers.reshape(present.registers.size, -1)
         kept = found.reshape(rows.shape)
         for (i, j), register in np.ndenumerate(rows):
             there = vector.extract(present.registers.flat[i], [], [0])
-            size = VECTOR * mgpu.utils.bitwidth(ir.VectorType(register.type).element_type) // 32
-            words_type = ir.VectorType.get((size,), i32)
-            zeros = arith.constant(
-                words_type, ir.DenseElementsAttr.get_splat(words_type, _zero(i32))
-            )
             words = arith.select(there, vector.bitcast(words_type, register), zeros)
-            kept[i, j] = vector.bitcast(register.type, words)
+            kept[i, j] = vector.bitcast(kind, words)
         return _array(found, layout)
 
     return keep_rows(numbers, present)

@@ -21,7 +21,10 @@ from pallas_kernels.exponential import NEG_INF
 from pallas_kernels.paged_attention.mosaic_block import GRID, THREAD
 from pallas_kernels.paged_attention.tiles import DEFAULT_CORES
 
-BLOCKS_PER_CORE, WARPGROUPS = 1, 4
+WARPGROUPS = 4
+"""Of a block, each with rows of its own. A block takes a core's place in turn with those of the
+launch in front, whose registers leave no room beside them: few large ones are there sooner.
+"""
 FEWEST_COLUMNS = 128
 MANY_ROWS = 512
 """So many rows that one block a row fills the device."""
@@ -43,8 +46,8 @@ def _kernel(
 ):
     """Every so many-th of all rows' stretches of columns."""
     per_row = part.shape[1] // columns
-    first = lax.axis_index(GRID) * WARPGROUPS + lax.axis_index(THREAD)
     stride = lax.axis_size(GRID) * WARPGROUPS
+    first = lax.axis_index(GRID) * WARPGROUPS + lax.axis_index(THREAD)
     items = splits[0] * (slot_rows * per_row)
 
     def merge_of(item):
@@ -148,7 +151,7 @@ def merge_parts_mosaic(
     items = rows * (latent // columns)
     merge = plgpu.kernel(
         functools.partial(_kernel, parts=parts, columns=columns, slot_rows=slot_rows),
-        grid=(min(-(-items // WARPGROUPS), BLOCKS_PER_CORE * cores),),
+        grid=(min(-(-items // WARPGROUPS), cores),),
         grid_names=(GRID,),
         num_threads=WARPGROUPS,
         thread_name=THREAD,

@@ -4,6 +4,7 @@
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -153,10 +154,11 @@ def consume(c: Block, w: int):
     c.segments_of_worker(segment_body, jnp.int32(0))
 
 
-def _columns(c: Block) -> list:
+def _columns(c: Block) -> list[Any]:
     """How a consumer's half of the output's columns is cut into products.
 
-    Beside two converters ptxas refuses accumulators of more than 128 registers a thread.
+    Beside two converters a thread starts with 128 registers, and ptxas refuses products of 256
+    columns.
     """
     width = 128 if c.tiles.ahead else c.half
     return [pl.ds(first, min(width, c.half - first)) for first in range(0, c.half, width)]

@@ -26,8 +26,9 @@ OLDEST_JAX = (0, 11)
 TURNS_ROWS = 16
 """Up to as many query rows have room for the sums of both consumers' turns."""
 TWINS_ROWS, TWINS_REQUESTS = 32, 64
-"""Up to as many query rows of up to as many requests stand on the products' N: a tile takes less
-time. More requests wait for memory, and twins, who both read every tile, take more power."""
+"""More rows than those, up to as many of up to as many requests, still stand on the products' N: a
+tile takes less time. More requests wait for memory, and twins, who both read every tile, take more
+power."""
 UNCHECKED = "few rows whose keys come through registers, not checked again on a GPU yet"
 FEW_ROWS, FEW_REQUESTS = 16, 8
 """Up to as many rows of up to as many requests, Triton's kernel is faster: it starts sooner."""
@@ -70,8 +71,9 @@ def outrun(problem: PagedProblem) -> str | None:
 
 
 def default_mosaic_tiles(problem: PagedProblem, *, gathers: bool = False) -> MosaicTiles:
-    """One block for up to 64 rows, whose keys nobody else reads; else clusters of two, with as many
-    products as the tensor cores can take, for which the seesaw has the shorter way.
+    """One block for up to 64 rows, whose keys nobody else reads, in turns where these have room;
+    else clusters of two, with as many products as the tensor cores can take, for which the seesaw
+    has the shorter way.
 
     gathers: keys come through registers, as those of an e4m3 cache or by token must. With these a
     block has the fewer registers for its consumers, and no multicast.

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,7 @@ from jax.sharding import PartitionSpec
 from on_gpu import needs_gpu, needs_hopper
 from oracles import make_paged
 
-from pallas_kernels.paged_attention.mosaic_block import MosaicTiles
 from pallas_kernels.paged_decode import paged_decode
-from pallas_kernels.paged_decode.mosaic_gpu import paged_decode_mosaic
 
 pytestmark = [needs_gpu, needs_hopper]
 
@@ -34,11 +32,9 @@ class Bucket(NamedTuple):
     rope: int = 64
     dtype: str = "bfloat16"
     deterministic: bool = False
-    order: Literal["turns"] | None = None
-    """Of the consumers; None is the kernel's choice."""
 
     def __str__(self) -> str:
-        return f"{self.heads}x{self.tokens}" + (f"-{self.order}" if self.order else "")
+        return f"{self.heads}x{self.tokens}"
 
 
 PROBLEMS = 1000
@@ -55,9 +51,8 @@ BUCKETS = (
     Bucket(heads=32, batch=1, most_keys=32768),
     Bucket(heads=8, batch=300, most_keys=512, page_size=16, latent=384),
     Bucket(heads=5, tokens=6, page_size=32, rope=0, dtype="float16", deterministic=True),
-    Bucket(heads=16, order="turns"),
-    Bucket(heads=16, batch=1, most_keys=32768, order="turns"),
-    Bucket(heads=3, tokens=5, batch=300, most_keys=512, page_size=16, latent=384, order="turns"),
+    Bucket(heads=16, batch=1, most_keys=32768),
+    Bucket(heads=3, tokens=5, batch=300, most_keys=512, page_size=16, latent=384),
 )
 # Of the largest and of the root of the mean squared error; values are of the order of 1.
 BOUNDS = {"bfloat16": (4e-2, 3e-3), "float16": (6e-3, 5e-4)}
@@ -88,17 +83,8 @@ def draw(key, length, bucket: Bucket):
 
 def attend(args, sm_scale, bucket: Bucket):
     """(out, lse) of the kernel."""
-    if bucket.order is None:
-        return paged_decode(
-            *args, sm_scale=sm_scale, backend="mosaic_gpu", deterministic=bucket.deterministic
-        )
-    return paged_decode_mosaic(
-        *args,
-        sm_scale=jnp.float32(sm_scale),
-        num_splits=None,
-        deterministic=bucket.deterministic,
-        interpret=False,
-        tiles=MosaicTiles(cluster=1, order=bucket.order),
+    return paged_decode(
+        *args, sm_scale=sm_scale, backend="mosaic_gpu", deterministic=bucket.deterministic
     )
 
 
