@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.mosaic_inline import synchronize
 from pallas_kernels.paged_attention.units import Segment
+from pallas_kernels.precision import FP8, GROUP
 
 ROWS = KEYS = BOX = 64
 """Query rows of a block, keys of a tile, columns of a swizzled box."""
@@ -26,24 +27,29 @@ GRID, CLUSTER, THREAD = "mla_worker", "mla_cluster", "mla_warpgroup"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MosaicTiles:
     """cluster: blocks of 64 rows that share their keys: 1, or 2.
-    order: how the consumers share the work, see mosaic_gpu.py.
+    order: how the consumers share the work, see mosaic_gpu.py; rows: for an e4m3 cache alone.
     ahead: pieces of keys on their way to registers, see mosaic_converter.py; 0: the copy engine
-    brings keys to shared memory.
+    brings keys to shared memory, where turns and rows take e4m3 as it is.
     """
 
     cluster: int
-    order: Literal["twins", "turns", "line", "seesaw"]
+    order: Literal["twins", "turns", "rows", "line", "seesaw"]
     ahead: int = 0
 
     @property
     def few_rows(self) -> bool:
         """Whether rows stand on the products' N, and keys come in stripes."""
-        return self.order in ("twins", "turns")
+        return self.order in ("twins", "turns", "rows")
 
     @property
     def takes_turns(self) -> bool:
         """Whether a tile is one consumer's alone."""
         return self.order == "turns"
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether each consumer has half of the rows, and all columns of their sums."""
+        return self.order == "rows"
 
     @property
     def step(self) -> int:
@@ -60,6 +66,8 @@ class Block:
     """What every warpgroup needs: refs by name, static choices, and where this block stands.
 
     Every warpgroup counts the tiles of its worker, n: tile n has the place n % STAGES of the ring.
+    packed: keys are e4m3 in shared memory, see mosaic_packed.py. groups: of columns, each with a
+    scale for every key there; 0: there is one for all.
     """
 
     def __init__(self, refs, tiles, rows, heads, tokens, rope, sparse, interpret, worker, block):
@@ -69,6 +77,8 @@ class Block:
         self.worker, self.block = worker, block
         latent = refs["ckv"].shape[-1]
         self.half, self.stripes = latent // 2, latent // STRIPE
+        self.packed = refs["ckv"].dtype == FP8 and not tiles.ahead
+        self.groups = latent // GROUP if "key_scales" in refs else 0
         self.axes = CLUSTER if tiles.cluster > 1 else None
 
     def __getattr__(self, name: str) -> Any:
@@ -88,22 +98,43 @@ class Block:
 
         return lax.fori_loop(begin, end, step, carry)
 
-    def rows_of(self, segment: Segment):
-        """Where this block's tile of queries stands among all rows."""
+    @property
+    def own_rows(self) -> int:
+        """Rows of the block that a consumer does."""
+        return self.rows // 2 if self.tiles.shares_rows else self.rows
+
+    def rows_of(self, segment: Segment, own=None):
+        """Where this block's tile of queries, or those of its rows, stand among all rows."""
         row = segment.base + segment.offset + self.block * ROWS
-        return pl.ds(pl.multiple_of(row, 8), self.rows)
+        if own is not None:
+            row += own.start
+        return pl.ds(pl.multiple_of(row, 8), self.rows if own is None else own.size)
 
     def place(self, n):
         """The place of tile n in the ring."""
         return lax.rem(n, jnp.int32(STAGES))
 
+    @property
+    def rings(self) -> int:
+        """Rings of stripes. Who takes turns has one of his own: he must see every phase of its
+        barriers."""
+        return 2 if self.tiles.takes_turns else 1
+
+    @property
+    def ring_places(self) -> int:
+        """Stripes that a ring holds."""
+        return self.refs["k_s"].shape[0] // self.rings
+
     def stripe_place(self, n, stripe: int):
-        """The place of a stripe of tile n, where every stripe has one of its own."""
-        return lax.rem(n * self.stripes + stripe, jnp.int32(self.refs["k_s"].shape[0]))
+        """(the place of a stripe of tile n, whether another one had it before)."""
+        rings = jnp.int32(self.rings)
+        count = lax.div(n, rings) * self.stripes + stripe
+        place = lax.rem(count, jnp.int32(self.ring_places))
+        return lax.rem(n, rings) * self.ring_places + place, count >= self.ring_places
 
     def rope_place(self, n):
-        """The place of its rope columns."""
-        return lax.rem(n, jnp.int32(self.refs["rope_s"].shape[0]))
+        """The place of its rope columns, and of its keys' scales."""
+        return lax.rem(n, jnp.int32(self.refs["full_rope"].shape[0]))
 
     def release(self, place, half: int):
         """Gives the producers this half of a place back, which this warpgroup has read."""

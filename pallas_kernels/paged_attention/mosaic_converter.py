@@ -1,10 +1,11 @@
-"""The other producer of the Mosaic GPU kernel: keys through registers, for a float8_e4m3fn cache.
+"""The other producer of the Mosaic GPU kernel: keys through registers, by slots or of e4m3.
 
-The tensor cores take latents in the queries' dtype, and as values only that, so the copy engine
-cannot bring them. These warpgroups gather a tile's rows by their slots, multiply what has scales
-and store tiles as `produce` would have loaded them. Some pieces of a tile, or of the next one, are
-on their way to registers while those in front are converted. Nothing may use what is on its way: a
-choice between it and 0, made where it is loaded, would wait for the memory in every tile.
+The copy engine cannot bring tokens one by one, and in shared memory the tensor cores take values in
+the queries' dtype only. These warpgroups gather a tile's rows by their slots, multiply what has
+scales and store tiles as `produce` would have loaded them. Some pieces of a tile, or of the next
+one, are on their way to registers while those in front are converted. Nothing may use what is on
+its way: a choice between it and 0, made where it is loaded, would wait for the memory in every
+tile.
 """
 
 # Older versions of jax, which `unsupported` refuses, have less of this dialect.

@@ -3,8 +3,8 @@
 A worker is a thread block that holds up to 64 query rows, or a cluster of two such blocks, which
 receive every tile of keys by multicast. It does the segments that the plan gives it, one after the
 other. In a block, a producer warpgroup loads tiles of 64 keys, and the consumers share the work in
-one of four ways. In all but the turns, one sums the left half of the output's columns and one the
-right half.
+one of five ways. In all but the turns and the rows, one sums the left half of the output's columns
+and one the right half.
 
 The twins, for few rows: keys stand on the products' M, rows on their N, so that up to 32 rows cost
 what they are. Both score every tile, and nothing waits for the other. Tiles come in stripes of 128
@@ -19,6 +19,11 @@ those.
 
     consumer 0: scores 0 . softmax 0 . values 0 . scores 2 ...
     consumer 1: scores 1 . softmax 1 . values 1 . scores 3 ...
+
+The rows, of an e4m3 cache: each has half of the rows, all columns of their sums, and every tile.
+
+    consumer 0: scores 0 (above) . softmax 0 . values 0 (above) . scores 1 (above) ...
+    consumer 1: scores 0 (below) . softmax 0 . values 0 (below) . scores 1 (below) ...
 
 In the other two 64 rows stand on M, and shared memory has room for two tiles. A half of a tile is
 loaded anew when the consumer of that half has used it, and the probabilities take the place of its
@@ -37,11 +42,13 @@ one waits for its softmax, the other keeps the tensor cores busy.
     consumer 0: scores 0 . softmax 0 . values 0 (left)               . values 1 (left)
     consumer 1: scores 1 .             values 0 (right) | softmax 1  . values 1 (right)
 
-An e4m3 cache, or tokens that a list names one by one, come through the registers of two converters
-in the producer's place, beside twins, turns or the seesaw.
+Turns and rows unpack an e4m3 cache's keys themselves. For more rows, or tokens that a list names,
+keys come through the registers of two converters in the producer's place, beside twins, turns or
+the seesaw.
 
-mosaic_producer.py or mosaic_converter.py, mosaic_twins.py, mosaic_scores.py with mosaic_values.py,
-and mosaic_seesaw.py hold the roles, mosaic_tile.py what the last two do with a tile.
+mosaic_producer.py or mosaic_converter.py, mosaic_twins.py with mosaic_packed.py for e4m3,
+mosaic_scores.py with mosaic_values.py, and mosaic_seesaw.py hold the roles, mosaic_tile.py what the
+last two do with a tile.
 """
 
 # Older versions of jax, which `unsupported` refuses, have no interpreter of this dialect.
@@ -69,12 +76,14 @@ from pallas_kernels.paged_attention.mosaic_block import (
     MosaicTiles,
 )
 from pallas_kernels.paged_attention.mosaic_converter import CONVERTERS, convert
+from pallas_kernels.paged_attention.mosaic_packed import pack_queries
 from pallas_kernels.paged_attention.mosaic_producer import HALVES, STRIPES, produce
 from pallas_kernels.paged_attention.mosaic_scores import score
 from pallas_kernels.paged_attention.mosaic_scratch import scratch
 from pallas_kernels.paged_attention.mosaic_seesaw import consume
 from pallas_kernels.paged_attention.mosaic_twins import consume_alone
 from pallas_kernels.paged_attention.mosaic_values import sum_values
+from pallas_kernels.precision import FP8
 
 __all__ = ["BOX", "KEYS", "ROWS", "MosaicTiles", "attend_pages_mosaic", "role_names"]
 
@@ -93,13 +102,15 @@ def _kernel(
     rope: bool,
     sparse: bool,
     slot_scales: bool,
+    packed: bool,
     interpret: bool,
     **scratch,
 ):
     """Gives every warpgroup of a block its role; refs: inputs, outputs."""
     names = (
         *("q_nope", *(("q_pe",) if rope else ()), "ckv", *(("kpe",) if rope else ())),
-        *("ids", "scale", "work", *(("slot_scales",) if slot_scales else ())),
+        *("ids", "scale", "work", *(("q_factor",) if packed else ())),
+        *(("key_scales" if packed else "slot_scales",) if slot_scales else ()),
         *("out", "lse", "part", "part_lse"),
     )
     by_name = {**dict(zip(names, refs, strict=True)), **scratch}
@@ -142,7 +153,7 @@ def _roles(tiles: MosaicTiles) -> list[_Role]:
         values = [_Role(f"values {w}", 168, functools.partial(sum_values, w=w)) for w in (0, 1)]
         consumers = [_Role("scores", 128, score), *values]
     else:
-        names = {"twins": "twin", "turns": "turn", "seesaw": "consumer"}
+        names = {"twins": "twin", "turns": "turn", "rows": "rows", "seesaw": "consumer"}
         name, run = names[tiles.order], consume_alone if tiles.few_rows else consume
         registers = REGISTERS[tiles.order] if tiles.ahead else 232
         consumers = [_Role(f"{name} {w}", registers, functools.partial(run, w=w)) for w in (0, 1)]
@@ -213,13 +224,20 @@ def attend_pages_mosaic(
     rope = q_pe.shape[-1]
     dtype = q_nope.dtype
     cluster = {"cluster": (tiles.cluster,), "cluster_names": (CLUSTER,)}
-    with_rope = (q_pe,) if rope else ()
-    args = (q_nope, *with_rope, ckv_cache, *((kpe_cache,) if rope else ()))
-    slot_scales, cache_scale = (), 1.0
+    packed = ckv_cache.dtype == FP8 and not tiles.ahead
+    factors, slot_scales, cache_scale, groups = (), (), 1.0, 0
     if kv_scales is not None and kv_scales.ndim > 0:
-        slot_scales = (kv_scales.reshape(-1),)
+        groups = kv_scales.shape[-1]
+        slot_scales = (kv_scales.reshape((kv_scales.shape[0], -1) if packed else -1),)
     elif kv_scales is not None:
         cache_scale = kv_scales
+    if packed:
+        q_nope, q_pe, factor = pack_queries(
+            q_nope, q_pe, sm_scale, rope_packed=kpe_cache.dtype == FP8
+        )
+        factors = (factor,)
+    with_rope = (q_pe,) if rope else ()
+    args = (q_nope, *with_rope, ckv_cache, *((kpe_cache,) if rope else ()))
     numbers = jnp.stack([sm_scale, jnp.asarray(cache_scale, jnp.float32)])
     held = min(rows, ROWS)
     slot_rows = held if tiles.few_rows else ROWS * tiles.cluster
@@ -233,6 +251,7 @@ def attend_pages_mosaic(
             rope=rope > 0,
             sparse=sparse,
             slot_scales=bool(slot_scales),
+            packed=packed,
             interpret=interpret,
         ),
         out_type=[
@@ -254,6 +273,8 @@ def attend_pages_mosaic(
             sparse=sparse,
             boxes=CONVERTERS if tiles.ahead else max(1, KEYS // ckv_cache.shape[1]),
             dtype=dtype,
+            packed=kpe_cache.dtype if packed else None,
+            groups=groups if packed else 0,
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
@@ -268,4 +289,4 @@ def attend_pages_mosaic(
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
         kernel_name="mla_paged_attention_mosaic",
     )
-    return run(*args, page_ids, numbers, work, *slot_scales)
+    return run(*args, page_ids, numbers, work, *factors, *slot_scales)

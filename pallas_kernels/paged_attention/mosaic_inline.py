@@ -197,18 +197,42 @@ def over_columns(v, shape: tuple[int, ...]):
     return lax.broadcast_in_dim(v, shape, [1])
 
 
+_PAIRWISE = {"max": arith.maximumf, "sum": arith.addf}
+
+
+def over_own_keys(op: str, x):
+    """The "max" or "sum" of every column of x [64, columns] over the rows that a thread has.
+
+    So it differs between threads, whatever its layout says, until `over_keys` has had it.
+    """
+    columns = x.shape[1]
+    layout = plgpu.Layout.WGMMA.reduce(0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct((columns,), x.dtype, layout=layout),
+    )
+    def reduce(ctx, x):
+        del ctx
+        own = [_PAIRWISE[op](*halves) for halves in x.registers.reshape(-1, 2)]
+        shape = layout.to_mgpu().registers_shape((columns,))
+        return _array(np.array(own, dtype=object).reshape(shape), layout)
+
+    return reduce(x)
+
+
 def over_keys(op: str, x, scratch):
-    """The "max" or "sum" of every column of x [64, columns], whose rows are all four warps'.
+    """The "max" or "sum" of all threads' x [columns], by `over_own_keys`.
 
     scratch: float32 [4 * columns] of this warpgroup's own, which no warp may still read. It may be
     written again behind the next barrier.
     """
-    columns = x.shape[1]
-    pairwise = {"max": arith.maximumf, "sum": arith.addf}[op]
+    (columns,) = x.shape
+    pairwise = _PAIRWISE[op]
     layout = plgpu.Layout.WGMMA.reduce(0)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+        arg_types=(layout, plgpu.RefType()),
         return_type=plgpu.ShapeDtypeStruct((columns,), x.dtype, layout=layout),
     )
     def reduce(ctx, x, scratch):
@@ -225,7 +249,7 @@ def over_keys(op: str, x, scratch):
         thread = mgpu.thread_idx()
         warp = arith.remui(arith.divui(thread, constant(32)), constant(4))
         pair = arith.muli(arith.remui(thread, constant(4)), constant(2))
-        own = [pairwise(*halves) for halves in x.registers.reshape(-1, 2)]
+        own = list(x.registers.flat)
         for distance in (4, 8, 16):
             own = [pairwise(o, mgpu.utils.shfl_bfly(o, distance)) for o in own]
         places = [arith.addi(pair, constant(8 * i)) for i in range(len(own))]
@@ -236,12 +260,7 @@ def over_keys(op: str, x, scratch):
         for o, place in zip(own, places, strict=True):
             parts = [vector.load(o.type, scratch, at(constant(w), place)) for w in range(4)]
             found.append(pairwise(pairwise(*parts[:2]), pairwise(*parts[2:])))
-        shape = layout.to_mgpu().registers_shape((columns,))
-        return mgpu.FragmentedArray(
-            _registers=np.array(found, dtype=object).reshape(shape),
-            _layout=layout.to_mgpu(),
-            _is_signed=None,
-        )
+        return _array(np.array(found, dtype=object).reshape(x.registers.shape), layout)
 
     return reduce(x, scratch)
 

@@ -26,14 +26,17 @@ def _load_halves(c: Block, n, copy):
 def _load_stripes(c: Block, n, copy):
     """Tile n, each stripe of its latent columns as soon as there is a place."""
     for stripe in range(c.stripes):
-        place = c.stripe_place(n, stripe)
-        _wait_for(c.free.at[place], n * c.stripes + stripe >= c.k_s.shape[0])
+        place, used = c.stripe_place(n, stripe)
+        _wait_for(c.free.at[place], used)
         columns = pl.ds(stripe * STRIPE, STRIPE)
         copy(c.ckv, columns, c.k_s.at[place], c.full.at[place])
-    if c.rope:
+    if c.rope or c.groups:
         place = c.rope_place(n)
-        _wait_for(c.free_rope.at[place], n >= c.rope_s.shape[0])
+        _wait_for(c.free_rope.at[place], n >= c.full_rope.shape[0])
+    if c.rope:
         copy(c.kpe, slice(None), c.rope_s.at[place], c.full_rope.at[place])
+    if c.groups:
+        copy(c.key_scales, None, c.scales_s.at[place], c.full_rope.at[place])
 
 
 def _places_of_halves(c: Block, n):
@@ -41,9 +44,12 @@ def _places_of_halves(c: Block, n):
 
 
 def _places_of_stripes(c: Block, n):
-    found = [(c.free.at[i], n * c.stripes > i) for i in range(c.k_s.shape[0])]
-    if c.rope:
-        found += [(c.free_rope.at[i], n > i) for i in range(c.rope_s.shape[0])]
+    found = []
+    for i in range(c.k_s.shape[0]):
+        ring, place = divmod(i, c.ring_places)
+        found.append((c.free.at[i], n > c.rings * (place // c.stripes) + ring))
+    if c.rope or c.groups:
+        found += [(c.free_rope.at[i], n > i) for i in range(c.full_rope.shape[0])]
     return found
 
 
@@ -95,9 +101,11 @@ def produce(c: Block, ring: Ring):
 
         def copy(pool, columns, to, full):
             for page, rows, at in boxes:
-                plgpu.copy_gmem_to_smem(
-                    pool.at[page, rows, columns], to.at[at], full, collective_axes=c.axes
-                )
+                if columns is None:  # scales, which lie key by key in one dimension
+                    of, at = pool.at[page, _spread(rows, c.groups)], _spread(at, c.groups)
+                else:
+                    of = pool.at[page, rows, columns]
+                plgpu.copy_gmem_to_smem(of, to.at[at], full, collective_axes=c.axes)
 
         ring.load(c, n, copy)
 
@@ -121,6 +129,13 @@ def produce(c: Block, ring: Ring):
     drain(c, ring, n, done)
 
 
+def _spread(rows, groups: int):
+    """Where the scales of these keys lie, each with `groups` of them."""
+    if isinstance(rows, slice):
+        return rows
+    return pl.ds(rows.start * groups, rows.size * groups)
+
+
 def load_queries(c: Block, segment, done):
     """A segment's queries, once those of the one before, if any is `done`, have been used."""
 
@@ -137,6 +152,8 @@ def load_queries(c: Block, segment, done):
         plgpu.copy_gmem_to_smem(c.q_nope.at[at, columns], c.q_s.at[i, rows], c.q_full)
     if c.rope:
         plgpu.copy_gmem_to_smem(c.q_pe.at[at], c.q_rope_s.at[0, rows], c.q_full)
+    if c.packed:
+        plgpu.copy_gmem_to_smem(c.q_factor.at[at], c.q_factor_s, c.q_full)
 
 
 def drain(c: Block, ring: Ring, n, done):

@@ -17,6 +17,8 @@ from pallas_kernels.paged_attention.mosaic_block import (
     STRIPE,
     MosaicTiles,
 )
+from pallas_kernels.paged_attention.mosaic_unpack import OPERAND
+from pallas_kernels.precision import FP8
 
 SHARED_BYTES = 232_448
 """What a block may have on Hopper."""
@@ -34,14 +36,17 @@ def scratch(
     sparse: bool,
     boxes: int,
     dtype: Any,
+    packed: Any = None,
+    groups: int = 0,
 ) -> dict[str, Any]:
     """What `tiles.order` needs.
 
     rows: of a request's queries that a block holds, a multiple of 8. boxes: arrivals that make a
-    tile's keys.
+    tile's keys. packed: the rope keys' dtype, where latents lie as e4m3; groups: of columns, whose
+    keys have scales of their own there.
     """
     own = (
-        _of_twins(tiles, rows, latent, rope, boxes, dtype)
+        _of_twins(tiles, rows, latent, rope, boxes, dtype, packed, groups)
         if tiles.few_rows
         else _of_halves(tiles, latent, rope, boxes, dtype)
     )
@@ -79,42 +84,72 @@ def _of_halves(
 
 
 def _of_twins(
-    tiles: MosaicTiles, rows: int, latent: int, rope: bool, boxes: int, dtype: Any
+    tiles: MosaicTiles,
+    rows: int,
+    latent: int,
+    rope: bool,
+    boxes: int,
+    dtype: Any,
+    packed: Any,
+    groups: int,
 ) -> dict[str, Any]:
     stripes, turns = latent // STRIPE, tiles.takes_turns
     readers, rope_places = (1, 2) if turns else (2, ROPE_PLACES)
-    found = {
+    own_rows = rows // 2 if tiles.shares_rows else rows
+    keys = rope_keys = rope_dtype = dtype
+    if packed:
+        dtype, keys, rope_keys = OPERAND, jnp.dtype(FP8), packed
+        rope_dtype = OPERAND if packed == FP8 else packed
+        rope_places = 4  # the tiles that there may be; turns need an even number
+    swizzled = {
         "q_s": _tiled(dtype, stripes, rows, STRIPE),
-        **({"q_rope_s": _tiled(dtype, 1, rows, BOX)} if rope else {}),
-        **({"rope_s": _tiled(dtype, rope_places, KEYS, BOX)} if rope else {}),
-        "p_s": _tiled(dtype, 2, rows, KEYS),
+        **({"q_rope_s": _tiled(rope_dtype, 1, rows, BOX)} if rope else {}),
+        **({"rope_s": _tiled(rope_keys, rope_places, KEYS, BOX)} if rope else {}),
+        # Probabilities, once for each group of columns that has scales of its own.
+        "p_s": _tiled(dtype, 2, max(groups, 1), own_rows, KEYS),
+    }
+    small = {  # behind the rest, which stands at multiples of 1,024 bytes
+        # A factor of each row's scores.
+        **({"q_factor_s": plgpu.SMEM((rows,), jnp.float32)} if packed else {}),
+        **({"scales_s": plgpu.SMEM((rope_places, KEYS * groups), jnp.float32)} if groups else {}),
         # Each warp's maxima and sums, of either twin.
-        "top_s": plgpu.SMEM((2, 4 * rows), jnp.float32),
+        "top_s": plgpu.SMEM((2, 4 * own_rows), jnp.float32),
     }
     if turns:
         # What each consumer has summed of the other's half, its maxima and its sums.
-        found["stage_s"] = plgpu.SMEM((2, latent // 2, rows), jnp.float32)
-        found["sums_s"] = plgpu.SMEM((2, 2, rows), jnp.float32)
-    taken = sum(jnp.dtype(s.dtype).itemsize * math.prod(s.shape) for s in found.values())
-    places = (SHARED_BYTES - BARRIER_BYTES - taken) // (KEYS * STRIPE * jnp.dtype(dtype).itemsize)
+        small["stage_s"] = plgpu.SMEM((2, latent // 2, rows), jnp.float32)
+        small["sums_s"] = plgpu.SMEM((2, 2, rows), jnp.float32)
+    taken = sum(map(_allocated, (*swizzled.values(), *small.values())))
+    places = (SHARED_BYTES - BARRIER_BYTES - taken) // (KEYS * STRIPE * jnp.dtype(keys).itemsize)
+    if packed:
+        places = min(places, rope_places * stripes)
     if turns:
-        # A tile each, so that a place is always the same consumer's: it must see every phase of a
-        # barrier.
-        places = 2 * stripes
+        places = places // 2 * 2 if packed else 2 * stripes
     return {
-        **found,
-        "k_s": _tiled(dtype, places, KEYS, STRIPE),
-        "q_full": plgpu.Barrier(num_arrivals=stripes + rope),
+        **swizzled,
+        "k_s": _tiled(keys, places, KEYS, STRIPE),
+        **small,
+        "q_full": plgpu.Barrier(num_arrivals=stripes + rope + bool(packed)),
         "q_free": plgpu.Barrier(num_arrivals=2),
         "full": plgpu.Barrier(num_barriers=places, num_arrivals=boxes),
         "free": plgpu.Barrier(num_barriers=places, num_arrivals=readers),
-        "full_rope": plgpu.Barrier(num_barriers=rope_places, num_arrivals=boxes),
+        "full_rope": plgpu.Barrier(
+            num_barriers=rope_places, num_arrivals=boxes * max(1, rope + bool(groups))
+        ),
         "free_rope": plgpu.Barrier(num_barriers=rope_places, num_arrivals=readers),
         "met": plgpu.Barrier(num_arrivals=2),
     }
 
 
+def _allocated(array: Any) -> int:
+    """Bytes of shared memory: every array begins at a multiple of 1,024."""
+    return -(-jnp.dtype(array.dtype).itemsize * math.prod(array.shape) // 1024) * 1024
+
+
 def _tiled(dtype: Any, *shape: int):
-    """In boxes of 64 columns, swizzled, as the copy engine and the products want them."""
-    swizzled = (plgpu.TilingTransform((8, BOX)), plgpu.SwizzleTransform(128))
+    """In boxes of 128 bytes of columns, or of all that there are, swizzled, as the copy engine and
+    the products want them."""
+    size = jnp.dtype(dtype).itemsize
+    line = min(2 * BOX, shape[-1] * size)
+    swizzled = (plgpu.TilingTransform((8, line // size)), plgpu.SwizzleTransform(line))
     return plgpu.SMEM(shape, dtype, transforms=swizzled)

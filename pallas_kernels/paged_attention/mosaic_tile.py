@@ -49,12 +49,13 @@ def always_zero(i):
     return lax.shift_right_logical(i, jnp.int32(30))
 
 
-def limits(c: Block, segment: Segment, rows: int = ROWS, layout=ROW_LAYOUT):
-    """How many keys each row sees."""
+def limits(c: Block, segment: Segment, rows=None, layout=ROW_LAYOUT):
+    """How many keys each row of the block sees, or each of these."""
     if c.tokens == 1:
         return segment.length
-    row = segment.offset + c.block * ROWS
-    row += plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=layout)
+    first, count = (0, ROWS) if rows is None else (rows.start, rows.size)
+    row = segment.offset + c.block * ROWS + first
+    row += plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
     return jnp.minimum(segment.seen + lax.div(row, jnp.int32(c.heads)), segment.length)
 
 

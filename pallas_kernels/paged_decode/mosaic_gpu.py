@@ -20,6 +20,7 @@ from pallas_kernels.paged_attention.mosaic_gpu import (
 from pallas_kernels.paged_attention.mosaic_merge import merge_parts_mosaic
 from pallas_kernels.paged_attention.tiles import DEFAULT_CORES, clip_length
 from pallas_kernels.paged_decode.splits import fixed_splits
+from pallas_kernels.precision import GROUP
 from pallas_kernels.schedule import WorkerPlan, plan_workers, spread
 
 OLDEST_JAX = (0, 11)
@@ -44,14 +45,23 @@ def unsupported(problem: PagedProblem) -> str | None:
         return f"latent is {problem.latent}, two halves of whole boxes need 128, 256, 384 or 512"
     if problem.rope not in (0, BOX):
         return f"rope is {problem.rope}, a box of columns is {BOX} (or none)"
-    whole = problem.page_size % 8 == 0
-    whole &= problem.page_size % KEYS == 0 or KEYS % problem.page_size == 0
-    if problem.scaled is None and not whole:
+    if problem.scaled is None and not _whole_boxes(problem.page_size):
         return (
             f"the page size is {problem.page_size}, the copy engine takes 8, 16, 32, "
             f"or a multiple of {KEYS}"
         )
     return None
+
+
+def _whole_boxes(page_size: int) -> bool:
+    """Whether the copy engine can bring a tile of keys, by boxes of 8 at least."""
+    return page_size % 8 == 0 and (page_size % KEYS == 0 or KEYS % page_size == 0)
+
+
+def _scales_fit(problem: PagedProblem) -> bool:
+    """Whether the copy engine can bring a tile's scales: it writes to multiples of 128 bytes."""
+    groups = problem.latent // GROUP if problem.scaled == "slot" else 0
+    return min(problem.page_size, KEYS) * groups * 4 % 128 == 0
 
 
 def unfit(device: Device) -> str | None:
@@ -70,20 +80,24 @@ def outrun(problem: PagedProblem) -> str | None:
     return None
 
 
-def default_mosaic_tiles(problem: PagedProblem, *, gathers: bool = False) -> MosaicTiles:
+def default_mosaic_tiles(problem: PagedProblem) -> MosaicTiles:
     """One block for up to 64 rows, whose keys nobody else reads, in turns where these have room;
     else clusters of two, with as many products as the tensor cores can take, for which the seesaw
     has the shorter way.
 
-    gathers: keys come through registers, as those of an e4m3 cache or by token must. With these a
-    block has the fewer registers for its consumers, and no multicast.
+    Keys by token come through registers, and many rows' of an e4m3 cache. Then a block has fewer
+    registers for its consumers, and no multicast.
     """
+    packed = problem.scaled is not None and problem.rows <= TWINS_ROWS and _scales_fit(problem)
+    gathers = not _whole_boxes(problem.page_size) or (problem.scaled is not None and not packed)
     if problem.rows <= TURNS_ROWS:
         return MosaicTiles(cluster=1, order="turns", ahead=5 if gathers else 0)
     if gathers:
         if problem.rows <= TWINS_ROWS:
             return MosaicTiles(cluster=1, order="twins", ahead=4)
         return MosaicTiles(cluster=1, order="seesaw", ahead=2)
+    if packed:
+        return MosaicTiles(cluster=1, order="rows")
     if problem.rows > ROWS:
         return MosaicTiles(cluster=2, order="seesaw")
     few = problem.rows <= TWINS_ROWS and problem.batch <= TWINS_REQUESTS
@@ -93,6 +107,8 @@ def default_mosaic_tiles(problem: PagedProblem, *, gathers: bool = False) -> Mos
 def padded_rows(problem: PagedProblem, tiles: MosaicTiles) -> int:
     """A request's rows as the copy engine can take them: whole boxes of 8, or whole tiles."""
     unit = 8 if problem.rows <= ROWS else ROWS * tiles.cluster
+    if tiles.shares_rows and problem.rows <= ROWS:
+        unit = 16  # boxes of 8 for each consumer
     return -(-problem.rows // unit) * unit
 
 
@@ -183,8 +199,7 @@ def paged_decode_mosaic(
     """
     batch, tokens, heads, latent = q_nope.shape
     problem = PagedProblem.of("paged_decode", q_nope, q_pe, ckv_cache, page_ids, batch, kv_scales)
-    gathers = named is not None or problem.scaled is not None
-    tiles = tiles or default_mosaic_tiles(problem, gathers=gathers)
+    tiles = tiles or default_mosaic_tiles(problem)
     rows = padded_rows(problem, tiles)
 
     def flat(q: Array) -> Array:

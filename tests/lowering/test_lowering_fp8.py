@@ -40,10 +40,10 @@ def test_paged(heads, scaled):
 
 @needs_mosaic_gpu
 @pytest.mark.parametrize(
-    ("heads", "page_size", "scaled"), [(16, 64, "slot"), (40, 1, "tensor_kpe")]
+    ("heads", "page_size", "scaled"), [(16, 1, "slot"), (40, 64, "tensor_kpe")]
 )
 def test_mosaic(heads, page_size, scaled):
-    """Pages of any size: a tile's rows are gathered."""
+    """A tile's rows are gathered: pages of one token, many rows."""
     q_nope, q_pe, ckv, kpe, *requests = paged_shapes(heads, page_size, 1)
     scales = Shape((*ckv.shape[:2], 4) if scaled == "slot" else (), jnp.float32)
     kpe = Shape(kpe.shape, FP8 if scaled == "tensor_kpe" else kpe.dtype)
@@ -53,6 +53,27 @@ def test_mosaic(heads, page_size, scaled):
 
     shapes = (scales, q_nope, q_pe, Shape(ckv.shape, FP8), kpe, *requests)
     assert len(MOSAIC_CALL.findall(cuda(run, *shapes))) == 2
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("heads", [1, 16, 17, 32])
+def test_packed(heads, rng):
+    """Keys that consumers unpack fit in shared memory, whatever their scales and pages."""
+    for scaled in ("slot", "tensor", "tensor_kpe"):
+        for latent, rope in ((512, 64), (512, 0), (384, 64), (128, 64)):
+            page_size = int(rng.choice([8, 32, 64, 256]))
+            dtype = str(rng.choice(["bfloat16", "float16"]))
+            q_nope, q_pe, ckv, kpe, *requests = paged_shapes(
+                heads, page_size, 1, dtype, latent=latent, rope=rope
+            )
+            groups = (*ckv.shape[:2], latent // 128) if scaled == "slot" else ()
+            kpe = Shape(kpe.shape, FP8 if scaled == "tensor_kpe" else kpe.dtype)
+
+            def run(scales, *args):
+                return paged_decode(*args, sm_scale=0.07, kv_scales=scales, backend="mosaic_gpu")
+
+            shapes = (Shape(groups, jnp.float32), q_nope, q_pe, Shape(ckv.shape, FP8), kpe)
+            assert len(MOSAIC_CALL.findall(cuda(run, *shapes, *requests))) == 2
 
 
 def test_decode_step():

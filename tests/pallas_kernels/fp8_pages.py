@@ -23,10 +23,10 @@ class Fp8Case:
     kv_scales: jax.Array | None
     exact: PagedCase
 
-    def want(self, sm_scale: float, backend: str = "reference") -> tuple[np.ndarray, np.ndarray]:
-        """(out, lse) of attention over the numbers that `backend` has."""
-        exact = as_operands(self.exact) if backend == "mosaic_gpu" else self.exact
-        return paged_attention(exact, sm_scale)
+    def want(self, sm_scale: float, *, rounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(out, lse) of attention over these numbers; `rounded` to the queries' dtype, as they are
+        where they come through registers."""
+        return paged_attention(as_operands(self.exact) if rounded else self.exact, sm_scale)
 
 
 def as_operands(exact: Case) -> Case:

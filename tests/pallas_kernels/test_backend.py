@@ -301,6 +301,22 @@ class TestMosaicDecode:
             tiles = mosaic_gpu.default_mosaic_tiles(problem(heads=heads, batch=batch))
             assert (tiles.order, tiles.cluster) == (want, 2 if want == "seesaw" else 1)
 
+    def test_order_over_e4m3(self):
+        """By the copy engine where it can bring pages and scales, and few rows unpack them."""
+        most, few = mosaic_gpu.TURNS_ROWS, mosaic_gpu.TWINS_ROWS
+        for heads, page_size, latent, want, gathers in (
+            (most, 64, 512, "turns", False),
+            (most + 1, 8, 512, "rows", False),
+            (few, 64, 128, "rows", False),
+            (few + 1, 64, 512, "seesaw", True),
+            (most, 1, 512, "turns", True),
+            (few, 8, 384, "twins", True),
+        ):
+            sizes = {"heads": heads, "page_size": page_size, "latent": latent}
+            slots = dataclasses.replace(problem(**sizes), scaled="slot")
+            tiles = mosaic_gpu.default_mosaic_tiles(slots)
+            assert (tiles.order, tiles.ahead > 0, tiles.cluster) == (want, gathers, 1)
+
     def test_choice(self):
         for heads, want in ((16, "triton"), (128, "mosaic_gpu" if MOSAIC_GPU else "triton")):
             with abstract():

@@ -20,7 +20,7 @@ MOSAIC = {"backend": "mosaic_gpu", "interpret": True}
 @pytest.mark.parametrize(
     ("kind", "dtype", "sizes"),
     [
-        ("slot", "bfloat16", {"heads": 3, "tokens": 2, "page_size": 16, "latent": 256}),
+        ("slot", "bfloat16", {"heads": 3, "tokens": 2, "page_size": 4, "latent": 256}),
         ("tensor_kpe", "float16", {"heads": 40, "page_size": 5, "latent": 128}),
     ],
 )
@@ -33,7 +33,7 @@ def test_paged(rng, kind, dtype, sizes):
 
     with no_races():
         out, lse = jax.jit(run)(fp8.kv_scales, *fp8.case.args)
-    want_out, want_lse = fp8.want(SM_SCALE, "mosaic_gpu")
+    want_out, want_lse = fp8.want(SM_SCALE, rounded=True)
     assert_within(out, want_out, OUT[dtype])
     assert_within(lse, want_lse, LSE)
 
