@@ -222,4 +222,4 @@ def test_errors(rng):
     half = {
         name: getattr(case, name).astype("bfloat16") for name in ("q_nope", "q_pe", "kpe_cache")
     }
-    refuses(NotImplementedError, "jax is|rope is 16, a box of columns is 64", backend="mosaic_gpu", **half)
+    refuses(NotImplementedError, "jax is|rope is 16, a box of", backend="mosaic_gpu", **half)
