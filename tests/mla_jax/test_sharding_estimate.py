@@ -47,10 +47,10 @@ def test_deepseek_v3_by_hand():
 def test_experts_hit_is_what_draws_hit(rng):
     for rows in (1, 5, 40):
         distinct = [
-            len({int(e) for _ in range(rows) for e in rng.permutation(64)[:6]}) for _ in range(300)
+            len({int(e) for _ in range(rows) for e in rng.permutation(64)[:6]}) for _ in range(900)
         ]
         # Five standard errors of the mean, and a little for none at all.
-        error = 5 * np.std(distinct) / 300**0.5 + 1e-9
+        error = 5 * np.std(distinct) / 900**0.5 + 1e-9
         assert abs(experts_hit(LITE, rows) * 64 - np.mean(distinct)) < error
 
 

@@ -20,9 +20,9 @@ LENGTHS = (0, 1, 64, 390)
 """Empty, one token, a tile's edge, and a ring that goes round."""
 
 
-def run(fp8, sm_scale=SM_SCALE, **options):
+def run(fp8, **options):
     def decode(scales, *args):
-        given = {"sm_scale": jnp.float32(sm_scale), "kv_scales": scales, "deterministic": False}
+        given = {"sm_scale": jnp.float32(SM_SCALE), "kv_scales": scales, "deterministic": False}
         return mosaic_gpu.paged_decode_mosaic(*args, **given, **options)
 
     with no_races():
@@ -58,11 +58,8 @@ def test_paged(rng, kind, dtype, sizes):
 @pytest.mark.parametrize(("heads", "tokens"), [(64, 1), (35, 2)])
 def test_rows_of_whole_blocks(rng, heads, tokens):
     """One block of 64 rows, and two."""
-    fp8 = make_fp8(
-        *(rng, "slot"),
-        **{"lengths": (0, 130), "heads": heads, "tokens": tokens, "page_size": 64},
-        **{"latent": 256, "rope": 64, "dtype": "bfloat16"},
-    )
+    sizes = {"heads": heads, "tokens": tokens, "page_size": 64, "latent": 256, "rope": 64}
+    fp8 = make_fp8(rng, "slot", lengths=(0, 130), dtype="bfloat16", **sizes)
     tiles = mosaic_gpu.MosaicTiles(cluster=1, order="rows")
     out, lse = run(fp8, num_splits=None, interpret=True, tiles=tiles)
     want_out, want_lse = fp8.want(SM_SCALE)
