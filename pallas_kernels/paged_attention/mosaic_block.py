@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.mosaic_inline import synchronize
 from pallas_kernels.paged_attention.units import Segment
-from pallas_kernels.precision import FP8, GROUP
+from pallas_kernels.precision import GROUP
 
 ROWS = KEYS = BOX = 64
 """Query rows of a block, keys of a tile, columns of a swizzled box."""
@@ -77,7 +77,7 @@ class Block:
         self.worker, self.block = worker, block
         latent = refs["ckv"].shape[-1]
         self.half, self.stripes = latent // 2, latent // STRIPE
-        self.packed = refs["ckv"].dtype == FP8 and not tiles.ahead
+        self.packed = "q_factor" in refs
         self.groups = latent // GROUP if "key_scales" in refs else 0
         self.axes = CLUSTER if tiles.cluster > 1 else None
 
@@ -126,11 +126,17 @@ class Block:
         return self.refs["k_s"].shape[0] // self.rings
 
     def stripe_place(self, n, stripe: int):
-        """(the place of a stripe of tile n, whether another one had it before)."""
-        rings = jnp.int32(self.rings)
-        count = lax.div(n, rings) * self.stripes + stripe
-        place = lax.rem(count, jnp.int32(self.ring_places))
-        return lax.rem(n, rings) * self.ring_places + place, count >= self.ring_places
+        """The place of a stripe of tile n."""
+        place = lax.rem(self._stripes_before(n, stripe), jnp.int32(self.ring_places))
+        return lax.rem(n, jnp.int32(self.rings)) * self.ring_places + place
+
+    def stripe_place_used(self, n, stripe: int):
+        """Whether another stripe had that place before."""
+        return self._stripes_before(n, stripe) >= self.ring_places
+
+    def _stripes_before(self, n, stripe: int):
+        """In its ring."""
+        return lax.div(n, jnp.int32(self.rings)) * self.stripes + stripe
 
     def rope_place(self, n):
         """The place of its rope columns, and of its keys' scales."""

@@ -34,6 +34,9 @@ PACKED_GROWTH, PACKED_LIFT = 14, 6
 """Probabilities times scales stay below 2**PACKED_GROWTH, and their greatest is 2**PACKED_LIFT at
 first: float16 has room above and below."""
 
+ROOMY_ROWS = 16
+"""Up to as many of a consumer leave registers for several products on their way."""
+
 
 def pack_queries(
     q_nope: Float[Array, "rows latent"],
@@ -70,7 +73,7 @@ def packed_scores(c: Block, n, z, rows, first, length) -> tuple[Array, list[Arra
             plgpu.barrier_wait(barrier)
 
     def add_latents(sums, i: int, stripe: int):
-        at, _ = c.stripe_place(n, stripe)
+        at = c.stripe_place(n, stripe)
         wait(c.full.at[at])
         for box in range(0, STRIPE, BOX):
             keys = unpack_rows(c, c.k_s.at[at], box)
@@ -96,7 +99,7 @@ def packed_scores(c: Block, n, z, rows, first, length) -> tuple[Array, list[Arra
         return total, []
 
     # Each group's sum is scaled by itself; as many at once as leave registers for values.
-    together = max(1, 64 // rows.size) if rows.size <= 16 else 1
+    together = 64 // rows.size if rows.size <= ROOMY_ROWS else 1
     total, scales = jnp.zeros(shape, jnp.float32), []
     total = plgpu.layout_cast(total, plgpu.Layout.WGMMA)
     for begin in range(0, c.groups, together):
@@ -149,7 +152,7 @@ def add_product(c: Block, sums, i: int, a, b):
     else:
         plgpu.wgmma(sums[i], a, b.transpose((1, 0)))
         # The registers of the product before are free again.
-        plgpu.wgmma_wait(1 if b.shape[0] <= 16 else 0)
+        plgpu.wgmma_wait(1 if b.shape[0] <= ROOMY_ROWS else 0)
 
 
 def logarithm(weights: list[Array], shape) -> Array:

@@ -26,8 +26,8 @@ def _load_halves(c: Block, n, copy):
 def _load_stripes(c: Block, n, copy):
     """Tile n, each stripe of its latent columns as soon as there is a place."""
     for stripe in range(c.stripes):
-        place, used = c.stripe_place(n, stripe)
-        _wait_for(c.free.at[place], used)
+        place = c.stripe_place(n, stripe)
+        _wait_for(c.free.at[place], c.stripe_place_used(n, stripe))
         columns = pl.ds(stripe * STRIPE, STRIPE)
         copy(c.ckv, columns, c.k_s.at[place], c.full.at[place])
     if c.rope or c.groups:

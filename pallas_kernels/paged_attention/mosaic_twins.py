@@ -95,7 +95,7 @@ def consume_alone(c: Block, w: int):
     def scores(n, z):
         def products(acc):
             for stripe in range(c.stripes):
-                place, _ = c.stripe_place(n, stripe)
+                place = c.stripe_place(n, stripe)
                 with jax.named_scope("wait for keys"):
                     plgpu.barrier_wait(c.full.at[place])
                 plgpu.wgmma(acc, c.k_s.at[place], c.q_s.at[stripe + z].transpose((1, 0)))
@@ -111,7 +111,7 @@ def consume_alone(c: Block, w: int):
 
     def give_back(n, stripes):
         for stripe in stripes:
-            plgpu.barrier_arrive(c.free.at[c.stripe_place(n, stripe)[0]])
+            plgpu.barrier_arrive(c.free.at[c.stripe_place(n, stripe)])
 
     def product(ref, piece, place):
         """Adds the products of a piece's latents, transposed, and the probabilities."""
@@ -124,7 +124,7 @@ def consume_alone(c: Block, w: int):
             add_product(c, sums, i, latents, c.p_s.at[w, piece.stripe if c.groups else 0])
 
     def add_values(acc, n):
-        places = [c.stripe_place(n, piece.stripe)[0] for piece in pieces]
+        places = [c.stripe_place(n, piece.stripe) for piece in pieces]
         if c.interpret and c.packed:
             add_packed(acc := [*acc], places)
             return acc
@@ -244,14 +244,14 @@ def _clear_unused(c: Block, tile, segment: Segment, n, pieces: list[_Piece]):
             _meet(c)  # the other one scores these columns, too
         if c.packed:
             for piece in pieces:
-                place, _ = c.stripe_place(n, piece.stripe)
+                place = c.stripe_place(n, piece.stripe)
                 clear_keys(c, c.k_s.at[place], piece.first, piece.width, valid)
             plgpu.commit_smem()
             if c.tiles.shares_rows:
                 _meet(c)  # the other one sums these columns, too
             return
         boxes = [
-            c.k_s.at[c.stripe_place(n, piece.stripe)[0], :, pl.ds(piece.first + box, BOX)]
+            c.k_s.at[c.stripe_place(n, piece.stripe), :, pl.ds(piece.first + box, BOX)]
             for piece in pieces
             for box in range(0, piece.width, BOX)
         ]

@@ -30,7 +30,7 @@ TWINS_ROWS, TWINS_REQUESTS = 32, 64
 """More rows than those, up to as many of up to as many requests, still stand on the products' N: a
 tile takes less time. More requests wait for memory, and twins, who both read every tile, take more
 power."""
-UNCHECKED = "few rows whose keys come through registers, not checked again on a GPU yet"
+UNCHECKED = "few rows of an e4m3 cache or of listed tokens, not checked on a GPU yet"
 FEW_ROWS, FEW_REQUESTS = 16, 8
 """Up to as many rows of up to as many requests, Triton's kernel is faster: it starts sooner."""
 
@@ -88,15 +88,16 @@ def default_mosaic_tiles(problem: PagedProblem) -> MosaicTiles:
     Keys by token come through registers, and many rows' of an e4m3 cache. Then a block has fewer
     registers for its consumers, and no multicast.
     """
-    packed = problem.scaled is not None and problem.rows <= TWINS_ROWS and _scales_fit(problem)
-    gathers = not _whole_boxes(problem.page_size) or (problem.scaled is not None and not packed)
+    scaled = problem.scaled is not None
+    gathers = scaled and (problem.rows > TWINS_ROWS or not _scales_fit(problem))
+    gathers |= not _whole_boxes(problem.page_size)
     if problem.rows <= TURNS_ROWS:
         return MosaicTiles(cluster=1, order="turns", ahead=5 if gathers else 0)
     if gathers:
         if problem.rows <= TWINS_ROWS:
             return MosaicTiles(cluster=1, order="twins", ahead=4)
         return MosaicTiles(cluster=1, order="seesaw", ahead=2)
-    if packed:
+    if scaled:
         return MosaicTiles(cluster=1, order="rows")
     if problem.rows > ROWS:
         return MosaicTiles(cluster=2, order="seesaw")
