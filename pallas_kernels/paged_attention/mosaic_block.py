@@ -135,7 +135,7 @@ class Block:
         return self._stripes_before(n, stripe) >= self.ring_places
 
     def _stripes_before(self, n, stripe: int):
-        """In its ring."""
+        """Stripes that its ring had before this one of tile n."""
         return lax.div(n, jnp.int32(self.rings)) * self.stripes + stripe
 
     def rope_place(self, n):

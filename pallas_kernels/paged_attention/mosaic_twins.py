@@ -110,6 +110,10 @@ def consume_alone(c: Block, w: int):
         return pl.run_scoped(products, plgpu.ACC((KEYS, c.rows), jnp.float32)) * scale
 
     def give_back(n, stripes):
+        if c.packed and c.interpret:
+            # On the chip, products have waited for what was read into registers. The interpreter
+            # knows no such thing, and wants a fence before the next copy.
+            plgpu.commit_smem()
         for stripe in stripes:
             plgpu.barrier_arrive(c.free.at[c.stripe_place(n, stripe)])
 

@@ -16,8 +16,8 @@ from pallas_kernels.paged_attention.mosaic_packed import pack_queries
 from pallas_kernels.paged_decode import mosaic_gpu
 
 SM_SCALE = 0.05
-LENGTHS = (0, 1, 64, 390)
-"""Empty, one token, a tile's edge, and a ring that goes round."""
+LENGTHS = (0, 1, 64, 650)
+"""Empty, one token, a tile's edge, and a ring of four tiles that goes round in either half."""
 
 
 def run(fp8, **options):
